@@ -9,6 +9,7 @@ from vmoe.cli.command import exit_code
 from vmoe.utils.printable import safe_output
 
 SOURCES = {
+    "vmoe_naflex_": "ours, after [NaViT](https://arxiv.org/abs/2307.06304)",
     "vmoe_": "[V-MoE](https://arxiv.org/abs/2106.05974)",
     "softmoe_": "[Soft MoE](https://arxiv.org/abs/2308.00951)",
     "siglino_": "[SigLino](https://arxiv.org/abs/2512.20157)",

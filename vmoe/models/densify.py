@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vmoe.models.calls import call, evaluation_mode
 from vmoe.models.dense_mlp import UpcycledFrom, UpcycleError, from_experts, mlp_layout, stacked_parameters
+from vmoe.models.naflex import pass_padding_on
 from vmoe.models.spec import known_spec, remember
 from vmoe.models.upcycle import upcycle_steps
 from vmoe.moe import SparseMoE, record_routing
@@ -65,6 +66,7 @@ def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = 
         width = layer.settings.expert_width
         ratio = {} if width is None else {"mlp_ratio": width / layer.in_features}
         spec = _with_settings(spec, _tower(model, name), {"num_experts": 0, **ratio}, SETTING_NAMES)
+    pass_padding_on(dense)
     for attribute in ("no_weight_decay", "group_matcher"):  # by which `upcycle` replaced the class's own
         vars(dense).pop(attribute, None)
     return remember(dense, spec and {"name": spec["name"], "kwargs": spec["kwargs"]})

@@ -11,11 +11,13 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
+from vmoe.models.naflex import NaFlexVisionMoE
 from vmoe.models.open_clip_models import build_open_clip, is_open_clip, open_clip_names, open_clip_spec
 from vmoe.models.siglino import SigLino
 from vmoe.models.swin_moe import SwinMoE
@@ -101,7 +103,7 @@ def _advice(name: str, kwargs: dict, unknown: str) -> str:
 
 def _parameters(owner: type) -> set[str]:
     """The arguments of a class, of its base classes and experts."""
-    routed = (VisionMoE, SwinMoE, SigLino, TextTransformer, LIMoE)
+    routed = (VisionMoE, NaFlexVisionMoE, SwinMoE, SigLino, TextTransformer, LIMoE)
     routing = SETTING_NAMES if issubclass(owner, routed) else set()
     return routing.union(*(inspect.signature(one).parameters for one in owner.__mro__[:-1]))
 
@@ -156,7 +158,9 @@ def _timm_spec(model: nn.Module) -> dict | None:
     tagged = f"{name}.{config.get('tag')}"
     # Newer versions of timm keep the arguments, ours do in any version.
     kwargs = with_slots(model, without_loading(getattr(model, "_model_args", {})))
-    if isinstance(model, (VisionMoE, SwinMoE)) and not any(isinstance(module, SparseMoE) for module in model.modules()):
+    if isinstance(model, (VisionMoE, NaFlexVisionMoE, SwinMoE)) and not any(
+        isinstance(module, SparseMoE) for module in model.modules()
+    ):
         kwargs["num_experts"] = 0
     return _if_same({"name": tagged if tagged in timm.list_pretrained() else name, "kwargs": kwargs}, model)
 
@@ -190,7 +194,7 @@ def live_settings(model: nn.Module) -> dict:
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     if isinstance(classifier, (nn.Linear, nn.Identity)):  # perhaps one that the user put there
         settings["num_classes"] = getattr(classifier, "out_features", 0)
-    if isinstance(model, VisionTransformer):
+    if isinstance(model, (VisionTransformer, NaFlexVit)):
         settings["fc_norm"] = not isinstance(model.fc_norm, nn.Identity)
     for key in ("img_size", "patch_size"):
         size = getattr(getattr(model, "patch_embed", None), key, None)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vmoe.models.dense_mlp import MlpLayout, UpcycledFrom, UpcycleError, mlp_layout, stacked_parameters, to_experts
 from vmoe.models.expert_init import Clusters, add_noise, redraw_units
 from vmoe.models.limoe import LIMoE
+from vmoe.models.naflex import NaFlexVisionMoE, pass_padding_on
 from vmoe.models.spec import build_dense, difference, known_spec, named_tensors, remember, with_slots
 from vmoe.models.two_tower import TwoTower
 from vmoe.models.vision import VisionMoE, sparse_blocks, without_decay
@@ -102,6 +103,7 @@ def upcycle(
         redraw_units(layer.experts, reinit)
         add_noise(layer.experts, expert_noise)
         sparse.set_submodule(name, layer)
+    pass_padding_on(sparse)
     if clusters is not None:
         sparse.upcycle_differences = clusters.differences(sparse)
     _keep_parameter_groups(model, sparse)
@@ -396,7 +398,7 @@ def _family(model: nn.Module, spec: dict | None, settings: dict, tower: str) -> 
     settings = {k: math.inf if v is None and k.endswith("capacity_factor") else v for k, v in settings.items()}
     towers = [each for each in ("image", "text") if tower in (each, "both")]
     is_two_tower = isinstance(model, TwoTower) and ("image" not in towers or isinstance(model.visual, VisionMoE))
-    if spec is None or not (is_two_tower or isinstance(model, (VisionMoE, LIMoE))):
+    if spec is None or not (is_two_tower or isinstance(model, (VisionMoE, NaFlexVisionMoE, LIMoE))):
         return None, {}
     if is_two_tower:
         settings = {each: {**(spec["kwargs"].get(each) or {}), **settings} for each in towers}

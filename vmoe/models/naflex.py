@@ -1,0 +1,209 @@
+"""V-MoE at native resolution: timm's NaFlexVit (NaViT, arXiv 2307.06304) with experts in some blocks.
+
+A batch of images of any sizes is {"patches": (B, N, pixels), "patch_coord": (B, N, 2), "patch_valid": (B, N)}, as
+timm's NaFlex loader and transforms make it; plain images (B, 3, H, W) are taken too. Importing this file registers the
+`vmoe_naflex_*` models with timm.
+
+Shapes, by suffix: B batch, N patches, padding included, T prefix tokens + N, D width.
+"""
+
+from collections.abc import Sequence
+
+import timm
+import torch
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models.eva import EvaBlock
+from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit, checkpoint_filter_fn
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from vmoe.models.registration import ABOUT_WEIGHTS, register_names, with_settings_of_file
+from vmoe.models.vision import (
+    ROUTING_DEFAULTS,
+    check_rotation,
+    scale_depth,
+    sparse_blocks,
+    take_routing,
+    without_decay,
+    without_fused_attention,
+)
+from vmoe.moe import SparseMoE
+from vmoe.moe.config import preset_settings
+
+
+def real_tokens(attn_mask: Tensor | None) -> Tensor | None:
+    """(B, T) true for tokens that may see themselves, which padding may not; of timm's mask (B, 1, T or 1, T)."""
+    if attn_mask is None or attn_mask.ndim != 4:
+        return None
+    rows_BTT = attn_mask[:, 0]
+    seen_BT = rows_BTT[:, 0] if rows_BTT.shape[1] == 1 else rows_BTT.diagonal(dim1=1, dim2=2)
+    return seen_BT if seen_BT.dtype == torch.bool else seen_BT > torch.finfo(seen_BT.dtype).min / 2
+
+
+class PaddedBlock(Block):
+    """timm's block, whose experts see which tokens are padding."""
+
+    def forward(self, x_BTD: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        h_BTD = self.attn(self.norm1(x_BTD), attn_mask=attn_mask, is_causal=is_causal)
+        x_BTD = x_BTD + self.drop_path1(self.ls1(h_BTD))
+        h_BTD = self.mlp(self.norm2(x_BTD), real_tokens(attn_mask))
+        return x_BTD + self.drop_path2(self.ls2(h_BTD))
+
+
+class PaddedEvaBlock(EvaBlock):
+    """timm's block with rotary positions, whose experts see which tokens are padding."""
+
+    def forward(
+        self, x_BTD: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        h_BTD = self.attn(self.norm1(x_BTD), rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        x_BTD = x_BTD + self.drop_path1(h_BTD if self.gamma_1 is None else self.gamma_1 * h_BTD)
+        h_BTD = self.mlp(self.norm2(x_BTD), real_tokens(attn_mask))
+        return x_BTD + self.drop_path2(h_BTD if self.gamma_2 is None else self.gamma_2 * h_BTD)
+
+
+class PaddedEmbeds(NaFlexEmbeds):
+    """timm's embedding, which checks its input, and sets padding to zero: what it holds, NaN too, changes nothing."""
+
+    def forward(
+        self, x: Tensor, patch_coord: Tensor | None = None, patch_valid: Tensor | None = None
+    ) -> tuple[Tensor, tuple[int, int] | None]:
+        """As timm's; ValueError: an image without a patch."""
+        if patch_coord is None:
+            self._check_size(*x.shape[-2:])
+        elif patch_valid is not None:
+            if not torch.compiler.is_compiling() and not patch_valid.any(dim=1).all():
+                raise ValueError("patch_valid has an image without a real patch: leave such images out of the batch")
+            x = torch.where(patch_valid.bool().view(*patch_valid.shape, *[1] * (x.ndim - 2)), x, 0)
+        return super().forward(x, patch_coord, patch_valid)
+
+    def _check_size(self, height: int, width: int) -> None:
+        rows, columns = self.patch_size
+        if height < rows or width < columns:
+            problem = f"an image of {width} x {height} pixels is smaller than a patch ({columns} x {rows})"
+            raise ValueError(f"{problem}: enlarge it or leave it out")
+        if not self.dynamic_img_pad and (height % rows or width % columns):
+            problem = f"images must consist of whole patches of {columns} x {rows} pixels, got {width} x {height}"
+            raise ValueError(f"{problem}: resize them, or set dynamic_img_pad")
+
+
+# timm's classes, and what they become in a model with experts.
+_PADDED = {NaFlexEmbeds: PaddedEmbeds, Block: PaddedBlock, EvaBlock: PaddedEvaBlock}
+_PLAIN = {padded: plain for plain, padded in _PADDED.items()}
+
+
+def pass_padding_on(model: nn.Module) -> None:
+    """Lets the experts in all NaFlexVit of `model` see which tokens are padding; what has none becomes timm's again.
+
+    ValueError: experts in blocks of another class than timm's two.
+    """
+    for vit in [module for module in model.modules() if isinstance(module, NaFlexVit)]:
+        for part, holder in [(vit.embeds, vit), *((block, block) for block in vit.blocks)]:
+            sparse = any(isinstance(module, (SparseMoE, NaFlexVisionMoE)) for module in holder.modules())
+            table = _PADDED if sparse else _PLAIN
+            part.__class__ = table.get(type(part), type(part))
+            if sparse and type(part) not in _PLAIN:
+                raise ValueError(f"experts in a {type(part).__name__} would not see padding: leave block_fn out")
+
+
+class NaFlexVisionMoE(NaFlexVit):
+    """timm's NaFlexVit with experts in some blocks; padding takes no capacity and counts in no loss.
+
+    Args:
+        pos_embed: "learned" (interpolated to each image's grid), "factorized" (into rows and columns), "rope" (queries
+            and keys are rotated by row and column, timm's axial RoPE), or "none".
+        pos_temperature: of "rope".
+        moe_layers: see `sparse_blocks`.
+        **kwargs: of timm's `NaFlexVit` and `NaFlexVitCfg` and of `vmoe.moe.config.RoutingSettings`, and
+            `router_preset`; `num_experts=0` makes the dense baseline.
+    """
+
+    def __init__(
+        self,
+        *,
+        moe_layers: str | Sequence[int] = "every2",
+        pos_embed: str = "learned",
+        pos_temperature: float = 10_000.0,
+        **kwargs,
+    ) -> None:
+        if pos_embed not in ("learned", "learn", "factorized", "rope", "none", ""):
+            raise ValueError(f"pos_embed must be 'learned', 'factorized', 'rope' or 'none', got {pos_embed!r}")
+        for name in ("block_fn", "mlp_layer", "swiglu_mlp", "scale_mlp_norm"):
+            if kwargs.get(name):
+                raise ValueError(f"{name} cannot be set: experts replace timm's MLPs (expert_mlp has gated ones)")
+        routing = take_routing(kwargs, ROUTING_DEFAULTS)
+        if pos_embed == "rope":
+            kwargs |= {"rope_type": "axial", "rope_temperature": pos_temperature}
+        super().__init__(pos_embed={"rope": "none", "learn": "learned"}.get(pos_embed, pos_embed), **kwargs)
+        chosen = sparse_blocks(moe_layers, len(self.blocks)) if routing["num_experts"] else ()
+        rows, columns = self.embeds.pos_embed_grid_size or (16, 16)
+        for index in chosen:
+            block = self.blocks[index]
+            block.mlp = self._experts(block.mlp, rows * columns + self.num_prefix_tokens, routing)
+        pass_padding_on(self)
+        if pos_embed == "rope":
+            check_rotation(self.blocks[0].attn.head_dim, pos_temperature)
+        if routing.get("backend") == "reference":
+            without_fused_attention(self)
+        if chosen:
+            self.init_weights(needs_reset=False)
+
+    def _forward_embeds(
+        self, x: Tensor, patch_coord: Tensor | None, patch_valid: Tensor | None, attn_mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        if patch_coord is not None and patch_valid is not None:  # the largest coordinates are the size of the grid
+            patch_coord = patch_coord * patch_valid[..., None]
+        return super()._forward_embeds(x, patch_coord, patch_valid, attn_mask)
+
+    def _experts(self, mlp: nn.Module, num_tokens: int, routing: dict) -> SparseMoE:
+        """Experts of the sizes of a dense MLP."""
+        style = {"act_layer": type(mlp.act), "drop": mlp.drop1.p, "num_tokens": num_tokens}
+        weight, bias = mlp.fc1.weight, mlp.fc1.bias is not None
+        like = {"device": weight.device, "dtype": weight.dtype}
+        return SparseMoE(weight.shape[1], mlp.fc2.weight.shape[1], bias=bias, **style, **like, **routing)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        names = {"embeds.pos_embed_y", "embeds.pos_embed_x"}
+        return super().no_weight_decay() | names | without_decay(self)
+
+    def fix_init_weight(self) -> None:
+        """timm's `fix_init`, for experts too."""
+        scale_depth(self.blocks)
+
+
+_STYLE = {"act_layer": "gelu_tanh", "weight_init": "jax", "global_pool": "avg"}
+# The arguments of `NaFlexVisionMoE` that each name stands for.
+NAFLEX_MODELS: dict[str, dict] = {
+    "vmoe_naflex_tiny_patch8": {  # for tests and first steps
+        **{"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4},
+        **{"pos_embed_grid_size": (6, 6), "num_selected_experts": 1},
+    },
+    "vmoe_naflex_base_patch16": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12},
+}
+_CFG = {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD, "interpolation": "bicubic", "crop_pct": 1.0}
+_CFG |= {"input_size": (3, 256, 256), "first_conv": "embeds.proj", "classifier": "head", "license": "apache-2.0"}
+_TINY_CFG = {**_CFG, "input_size": (3, 48, 48)}
+# `register_model` looks for this name.
+default_cfgs = generate_default_cfgs({name: _TINY_CFG if "tiny" in name else _CFG for name in NAFLEX_MODELS})
+
+
+def _create(name: str, pretrained: bool = False, **kwargs) -> NaFlexVisionMoE:
+    """The model of a name; the user's settings go over its preset, and that over what the name stands for."""
+    stored_name, kwargs = with_settings_of_file(name, pretrained, kwargs)
+    if stored_name != name:
+        return timm.model_entrypoint(stored_name)(pretrained, **kwargs)
+    preset = preset_settings(kwargs)
+    own = {key: value for key, value in NAFLEX_MODELS[name].items() if key not in preset}
+    model_args = {**_STYLE, **own, **kwargs}
+    feature_cfg = {"out_indices": model_args.pop("out_indices", 3), "feature_cls": "getter"}
+    options = {"pretrained_filter_fn": checkpoint_filter_fn, "feature_cfg": feature_cfg}
+    model = build_model_with_cfg(NaFlexVisionMoE, name, pretrained, **options, **model_args)
+    model._model_args = {key: value for key, value in kwargs.items() if key not in ABOUT_WEIGHTS}  # as timm's factory
+    return model
+
+
+register_names(__name__, NAFLEX_MODELS, _create)
