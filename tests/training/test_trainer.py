@@ -86,6 +86,14 @@ def same_weights(first, second):
         ),
         ("contrastive", {"train.accumulate_steps": 2, "train.eval_every": 4}),
         ("classification", {"optim.name": "muon"}),
+        (
+            "classification",
+            {
+                "model.name": "vmoe_naflex_tiny_patch8",
+                "data.loader.naflex.seq_lens": "[2, 6]",
+                "data.loader.naflex.tokens_per_batch": 36,
+            },
+        ),
         ("contrastive", {"lora.targets": '["attention", "experts"]', "train.ema_decay": 0.9}),
     ],
 )

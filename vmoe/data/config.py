@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from vmoe.utils.config import check_types
@@ -190,6 +190,29 @@ class AugmentationConfig:
 
 
 @dataclass
+class NaFlexConfig:
+    """Images of their own shape, as patches: for models of timm's NaFlexVit, such as vmoe_naflex_base_patch16.
+
+    Args:
+        seq_lens: numbers of patches in a sequence, one of which is drawn for each batch. Images are resized to the most
+            patches that it holds. Evaluation takes the largest.
+        tokens_per_batch: patches in a batch of training, all processes together, padding included: a batch has
+            tokens_per_batch / (patches in a sequence) images, rounded down.
+    """
+
+    seq_lens: list[int] = field(default_factory=lambda: [128, 256, 576, 784, 1024])
+    tokens_per_batch: int = 16384
+
+    def __post_init__(self) -> None:
+        check_types(self, "naflex.")
+        if not self.seq_lens or min(self.seq_lens) < 1 or len(set(self.seq_lens)) < len(self.seq_lens):
+            raise ValueError(f"naflex.seq_lens must be whole numbers >= 1, each once, got {self.seq_lens}")
+        if self.tokens_per_batch < max(self.seq_lens):
+            problem = f"naflex.tokens_per_batch must hold the longest of naflex.seq_lens, {max(self.seq_lens)} patches"
+            raise ValueError(f"{problem}, got {self.tokens_per_batch}")
+
+
+@dataclass
 class LoaderConfig:
     """How samples are read and put into batches.
 
@@ -199,6 +222,8 @@ class LoaderConfig:
         on_bad: what happens to an unreadable image or an empty caption: "replace" (by another sample; the default in
             training), "skip" (and count; in evaluation) or "fail" (the default in evaluation).
         max_bad_share: training stops when more than this share of the samples read is bad.
+        naflex: see there. With it, tokens_per_batch replaces batch_size in training. null: all images have the model's
+            one size.
         pin_memory: keep batches in page-locked memory, for quicker copies to a GPU (unused without one).
     """
 
@@ -207,12 +232,25 @@ class LoaderConfig:
     on_bad: Literal["replace", "skip", "fail"] | None = None
     max_bad_share: float = 0.01
     pin_memory: bool = True
+    naflex: NaFlexConfig | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
         _check_range(self, ("batch_size",), 1)
         _check_range(self, ("num_workers",), 0)
         _check_range(self, ("max_bad_share",), 0, 1)
+
+    @property
+    def batch_sizes(self) -> dict[int | None, int]:
+        """{patches in a sequence: images in a batch of training}; {None: batch_size} without naflex."""
+        if self.naflex is None:
+            return {None: self.batch_size}
+        return {seq_len: self.naflex.tokens_per_batch // seq_len for seq_len in self.naflex.seq_lens}
+
+    @property
+    def size_setting(self) -> str:
+        """The setting that the sizes follow from, for messages."""
+        return f"data.loader.{'batch_size' if self.naflex is None else 'naflex.tokens_per_batch'}"
 
 
 def _check_range(settings: object, names: Iterable[str], least: float, largest: float = math.inf) -> None:

@@ -11,12 +11,14 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 
 from vmoe.data.config import LoaderConfig
 from vmoe.data.dataset import ImageDataset
 from vmoe.data.images import BadSample, DataError
-from vmoe.data.sampler import BatchKey
+from vmoe.data.naflex import NaFlexTransform
+from vmoe.data.sampler import BatchKey, EpochBatches, MixedBatches, NaFlexBatches
 from vmoe.data.seeding import derive_seed, isolated_randomness, seed_process
 from vmoe.data.texts import Tokenizer, cut_message, cut_rows, warn_once
 from vmoe.data.transforms import Transform
@@ -38,9 +40,11 @@ class TooManyBadSamples(RuntimeError):
 class Batch(NamedTuple):
     """What a worker hands over."""
 
-    tensors: dict[str, torch.Tensor]  # "image" (float32, or uint8 (B, H, W, 3) to normalize), "index", "label", "text"
+    # "image" (float32, or uint8 (B, H, W, 3) to normalize, or the dict of a NaFlexTransform), "index", "label", "text"
+    tensors: dict[str, torch.Tensor]
     bad: Sequence[tuple[str, str]] = ()  # (path, reason) of every bad sample met
     num_read: int = 0  # samples, the bad ones and their replacements included
+    missing: int = 0  # samples for which there is none
     seconds: float = 0.0  # that reading and augmenting them took
     cut: tuple[str, ...] = ()  # captions that are longer than the tokenizer's context
     error: str | None = None  # why the data set cannot be read on (an exception would arrive with a traceback)
@@ -55,7 +59,7 @@ class BatchReader(Dataset):
     def __init__(
         self,
         dataset: ImageDataset,
-        transform: Callable[[Image.Image], torch.Tensor],
+        transform: Callable[[Image.Image], torch.Tensor] | NaFlexTransform,
         tokenizer: Tokenizer | None,
         seed: int,
         replace_bad: bool,
@@ -63,6 +67,7 @@ class BatchReader(Dataset):
         self.dataset, self.transform, self.tokenizer = dataset, transform, tokenizer
         self.samples = dataset if dataset.cache is None else dataset.cache
         self.seed, self.replace_bad = seed, replace_bad
+        self.naflex = transform if isinstance(transform, NaFlexTransform) else None
         # Images stay bytes until the main process has the batch.
         self.normalize_later = isinstance(transform, Transform) and transform.erase is None
         self._tokens: dict[str, tuple[torch.Tensor, bool]] = {}
@@ -72,40 +77,48 @@ class BatchReader(Dataset):
         try:
             with isolated_randomness():
                 for index, epoch in zip(key.indices, key.epochs, strict=True):
-                    if sample := self._read(epoch, index, bad):
+                    if sample := self._read(epoch, index, bad, key.seq_len):
                         samples.append(sample)
         except DataError as error:
             return Batch({}, bad, 0, error=str(error))
         num_read = len(key.indices) + (len(bad) if self.replace_bad else 0)
-        batch = self._stack(samples) if samples else Batch({})
-        return batch._replace(bad=bad, num_read=num_read, seconds=time.perf_counter() - began)
+        batch = self._stack(samples, key.seq_len) if samples else Batch({})
+        counts = {"num_read": num_read, "missing": len(key.indices) - len(samples)}
+        return batch._replace(bad=bad, **counts, seconds=time.perf_counter() - began)
 
-    def _read(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> tuple | None:
+    def _read(self, epoch: int, index: int, bad: list[tuple[str, str]], seq_len: int | None) -> tuple | None:
         """(index, image, label, caption) of a sample or its replacement; None where it is skipped."""
         for attempt in range(MAX_REPLACEMENTS if self.replace_bad else 1):
             candidate = derive_seed(self.seed, epoch, index, attempt) % len(self.dataset) if attempt else index
             try:
-                image, label, caption, _ = self.samples[candidate]
+                image, label, caption, path = self.samples[candidate]
+                if self.naflex is not None:
+                    self.naflex.check(image, path)
             except BadSample as error:
                 bad.append((error.path, error.reason))
                 continue
-            pixels = self._augment(image, derive_seed(self.seed, epoch, index))
+            pixels = self._augment(image, derive_seed(self.seed, epoch, index), seq_len)
             return index, pixels, label, caption
         return None
 
-    def _augment(self, image: Image.Image | np.ndarray, seed: int) -> np.ndarray | torch.Tensor:
+    def _augment(self, image: Image.Image | np.ndarray, seed: int, seq_len: int | None) -> np.ndarray | torch.Tensor:
         """(H, W, 3) uint8, which is copied once, into the batch; or a tensor, if it is not normalised later."""
         if isinstance(image, np.ndarray):  # from memory
             if self.normalize_later and self.transform.quick and image.shape == self.transform.quick.shape:
                 return self.transform.quick(image, seed)
             image = Image.fromarray(image)
         seed_process(seed)
+        if self.naflex is not None:
+            return self.naflex.by_length[seq_len](image)
         return np.asarray(self.transform.geometry(image)) if self.normalize_later else self.transform(image)
 
-    def _stack(self, samples: list[tuple]) -> Batch:
+    def _stack(self, samples: list[tuple], seq_len: int | None) -> Batch:
         """The batch of (index, image, label, caption) tuples."""
         indices, images, labels, captions = zip(*samples)
-        image = torch.from_numpy(np.stack(images)) if self.normalize_later else torch.stack(images)
+        if self.naflex is not None:
+            image = self.naflex.stack(images, seq_len)
+        else:
+            image = torch.from_numpy(np.stack(images)) if self.normalize_later else torch.stack(images)
         tensors = {"image": image, "index": torch.tensor(indices)}
         if self.dataset.classes is not None:
             tensors["label"] = torch.tensor(labels)
@@ -168,10 +181,24 @@ class _Loader:
 
     def _finish(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if self.device is not None:
-            tensors = {name: tensor.to(self.device, non_blocking=True) for name, tensor in tensors.items()}
+            tensors = tree_map(lambda tensor: tensor.to(self.device, non_blocking=True), tensors)
         if self.reader.normalize_later:
             tensors = {**tensors, "image": self.reader.transform.normalize(tensors["image"])}
         return tensors
+
+
+def batches_of(dataset: ImageDataset, config: LoaderConfig, seed: int) -> EpochBatches | MixedBatches | NaFlexBatches:
+    """The batches of a training; ValueError: they do not suit the data set."""
+    sizes = config.batch_sizes
+    if len(dataset) < (size := max(sizes.values())):
+        problem = f"batch_size {size} is more than the data set's {len(dataset)} samples"
+        raise ValueError(f"{problem}: make {config.size_setting} smaller")
+    if config.naflex is None:
+        return dataset.batches(seed, config.batch_size)
+    plain = dataset.batches(seed, math.gcd(*sizes.values()))
+    if not isinstance(plain, EpochBatches):
+        raise ValueError("data.loader.naflex takes one data set, and data.train is a mixture: choose one of them")
+    return NaFlexBatches(plain.shuffle, sizes, seed)
 
 
 class TrainLoader(_Loader):
@@ -180,6 +207,8 @@ class TrainLoader(_Loader):
     An iterator of {"image": (B, 3, H, W) float32, "index": (B,) long, "label": (B,) long where the data set has
     classes, "text": (B, L) long where there is a tokenizer}. "index" is that of the sample asked for, also where
     another one replaces it because it is bad.
+
+    With `config.naflex` the transform is a NaFlexTransform, and "image" the dict that it gives.
 
     Order and augmentation follow from (seed, epoch, index) alone. Process r of W hands out rows r * B/W to
     (r+1) * B/W of each batch, so a position is the same for any number of processes.
@@ -208,17 +237,15 @@ class TrainLoader(_Loader):
         part: tuple[int, int] | None = None,
     ) -> None:
         on_bad = config.on_bad or "replace"
-        rank, processes = self.part = world() if part is None else part
+        _, processes = self.part = world() if part is None else part
         if on_bad == "skip":
             raise ValueError("on_bad must be replace or fail in training, got skip: batches must be complete")
-        if len(dataset) < (size := config.batch_size):
-            raise ValueError(f"batch_size {size} is more than the data set's {len(dataset)} samples: make it smaller")
-        if size % processes:
-            problem = f"batch_size {size} is no multiple of the {processes} processes that share each batch"
-            raise ValueError(f"{problem}: set data.loader.batch_size to one")
+        for size in config.batch_sizes.values():
+            if size % processes:
+                problem = f"batch_size {size} is no multiple of the {processes} processes that share each batch"
+                raise ValueError(f"{problem}: change {config.size_setting}")
         super().__init__(BatchReader(dataset, transform, tokenizer, seed, on_bad == "replace"), config, on_bad, device)
-        self.rows = slice(rank * size // processes, (rank + 1) * size // processes)
-        self.batches = dataset.batches(seed, size)
+        self.batches = batches_of(dataset, config, seed)
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.step = self.num_read = self.num_bad = 0
         self._seconds, self._samples = 0.0, 0
@@ -246,9 +273,13 @@ class TrainLoader(_Loader):
     def _keys(self) -> Iterator[BatchKey]:
         """Keys of this process's part of the coming batches, without end."""
         # Without `self`: a cycle would leave the workers to the garbage collector, which cannot stop them at once.
-        batches, rows, first = self.batches, self.rows, self.step
-        coming = (batches.batch(number) for number in itertools.count(first))
-        return (BatchKey(indices[rows], epochs[rows]) for indices, epochs in coming)
+        batches, (rank, processes), first = self.batches, self.part, self.step
+
+        def part(indices: tuple[int, ...], epochs: tuple[int, ...], seq_len: int | None) -> BatchKey:
+            rows = slice(rank * len(indices) // processes, (rank + 1) * len(indices) // processes)
+            return BatchKey(indices[rows], epochs[rows], seq_len)
+
+        return (part(*batches.batch(number)) for number in itertools.count(first))
 
     def _count(self, batch: Batch) -> None:
         self.num_read += batch.num_read
@@ -259,9 +290,8 @@ class TrainLoader(_Loader):
             if path not in self.bad_paths:
                 self.bad_paths[path] = reason
                 logger.warning("bad sample replaced by another: %s: %s", printable(path), reason)
-        complete = batch.tensors and len(batch.tensors["image"]) == self.config.batch_size // self.part[1]
         enough = self.num_read >= min(MIN_READ_FOR_SHARE, len(self.reader.dataset))
-        if not complete or (enough and self.num_bad > self.config.max_bad_share * self.num_read):
+        if batch.missing or (enough and self.num_bad > self.config.max_bad_share * self.num_read):
             # A run that continues knows from before the stop how many were bad, but not which.
             last = next(reversed(batch.bad or list(self.bad_paths.items())), None)
             which = f"; the last is {printable(last[0])}: {last[1]}" if last else ", all from before this start"
@@ -274,7 +304,9 @@ class TrainLoader(_Loader):
     def state_dict(self) -> dict[str, int]:
         """Position of the batches handed out so far, for any number of processes; the counts are this process's own."""
         counts = {"step": self.step, "num_read": self.num_read, "num_bad": self.num_bad, "seed": self.reader.seed}
-        return {**counts, "batch_size": self.config.batch_size, "num_samples": len(self.reader.dataset)}
+        sizes = self.config.batch_sizes
+        size = sizes.get(None, [list(pair) for pair in sizes.items()])
+        return {**counts, "batch_size": size, "num_samples": len(self.reader.dataset)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continues exactly behind the batches that `state` counts; ValueError: it is of other data or settings."""
@@ -329,7 +361,8 @@ class EvalLoader(_Loader):
         rank, num_processes = world()
         starts = range(0, len(self.indices), self.config.batch_size)[rank::num_processes]
         batches = [tuple(self.indices[start : start + self.config.batch_size]) for start in starts]
-        return [BatchKey(indices, (0,) * len(indices)) for indices in batches]
+        seq_len = self.reader.naflex and self.reader.naflex.longest
+        return [BatchKey(indices, (0,) * len(indices), seq_len) for indices in batches]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         self.skipped_paths, self.num_cut = [], 0

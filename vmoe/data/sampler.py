@@ -1,10 +1,11 @@
 """The order of samples in training: pure functions of the seed and the step, for any number of processes.
 
 A `Shuffle` is the order of one data set, a new one in every epoch. `EpochBatches` cuts it into batches; `MixedBatches`
-draws batches from several data sets by weight. Only what saves time is kept between calls.
+draws batches from several data sets by weight, and
+`NaFlexBatches` batches of several sizes. Only what saves time is kept between calls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ class BatchKey(NamedTuple):
 
     indices: tuple[int, ...]  # of its samples in the data set
     epochs: tuple[int, ...]  # for each of them how many epochs of its source are complete
+    seq_len: int | None = None  # patches that an image is resized to, of NaFlexBatches
 
 
 class ShuffledSamples:
@@ -147,6 +149,36 @@ class MixedBatches:
             total -= counts[-1]
             weight_left -= weight
         return [*counts, total]
+
+
+class NaFlexBatches:
+    """Batches of one data set, each with a sequence length, drawn at random, and the batch size that belongs to it.
+
+    The lengths are those of timm's NaFlex loader: drawn once, and shuffled in each epoch. Samples that are left when
+    the next batch would be too large are dropped in this epoch. `sizes` is {sequence length: batch size}.
+    """
+
+    def __init__(self, shuffle: Shuffle, sizes: Mapping[int, int], seed: int) -> None:
+        self.shuffle, self.sizes, self.seed = shuffle, sizes, seed
+        most = shuffle.size // min(sizes.values())
+        generator = torch.Generator().manual_seed(derive_seed(seed, most))
+        drawn = torch.randint(len(sizes), (most,), generator=generator).numpy()
+        ends = np.asarray(list(sizes.values()))[drawn].cumsum()
+        self.steps_per_epoch = int(ends.searchsorted(shuffle.size, side="right"))
+        self.lengths = np.asarray(list(sizes))[drawn[: self.steps_per_epoch]]
+        self.batch_size = float(ends[self.steps_per_epoch - 1]) / self.steps_per_epoch  # the mean
+        self._epoch: tuple[int | None, np.ndarray, np.ndarray] = (None, self.lengths, ends)
+
+    def batch(self, step: int) -> BatchKey:
+        """The batch of a step (from 0, without end)."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            lengths = self.lengths[_permutation(self.steps_per_epoch, self.seed, epoch, self.steps_per_epoch)]
+            self._epoch = epoch, lengths, np.cumsum([self.sizes[length] for length in lengths.tolist()])
+        _, lengths, ends = self._epoch
+        length, stop = int(lengths[position]), int(ends[position])
+        indices = self.shuffle.indices(epoch, stop - self.sizes[length], stop)
+        return BatchKey(tuple(indices.tolist()), (epoch,) * len(indices), length)
 
 
 def _permutation(size: int, *seed: int) -> np.ndarray:

@@ -68,17 +68,18 @@ class Transform:
         return f"Transform({self.geometry}, mean={mean}, std={std}, erase={self.erase})"
 
 
-def build_transform(preprocess: dict[str, Any], augmentation: AugmentationConfig | None) -> Transform:
+def build_transform(preprocess: dict[str, Any], augmentation: AugmentationConfig | None, **naflex: Any) -> Transform:
     """timm's transform for a model's input.
 
     `preprocess` holds "input_size" (C, H, W), "mean", "std", "interpolation", and for evaluation "crop_pct" and
     "crop_mode"; see vmoe.models.factory.preprocess_config. Without an augmentation it is the evaluation transform
-    (resize, then crop the middle). ValueError: a policy that timm does not know, or C other than 1 or 3.
+    (resize, then crop the middle). `naflex` holds timm's settings for images of any sizes, see vmoe/data/naflex.py.
+    ValueError: a policy that timm does not know, or C other than 1 or 3.
     """
     mean, std = tuple(preprocess["mean"]), tuple(preprocess["std"])
     settings = {"input_size": tuple(preprocess["input_size"]), "interpolation": preprocess["interpolation"]}
     erase, padding, hflip = None, 0, 0.0
-    is_quick = augmentation is None and preprocess.get("crop_pct") == 1
+    is_quick = augmentation is None and preprocess.get("crop_pct") == 1 and not naflex
     if augmentation is None:
         settings |= {"crop_pct": preprocess.get("crop_pct"), "crop_mode": preprocess.get("crop_mode")}
     else:
@@ -90,7 +91,7 @@ def build_transform(preprocess: dict[str, Any], augmentation: AugmentationConfig
             mode, count = augmentation.re_mode, augmentation.re_count
             erase = RandomErasing(augmentation.re_prob, mode=mode, max_count=count, device="cpu")
     try:
-        composed = create_transform(mean=mean, std=std, use_prefetcher=True, **settings)
+        composed = create_transform(mean=mean, std=std, use_prefetcher=True, **settings, **naflex)
     except AssertionError as error:  # timm checks its policy strings by assertions
         raise ValueError(f"auto_augment {settings.get('auto_augment')!r} is no policy of timm: {error}") from error
     channels, *size = preprocess["input_size"]

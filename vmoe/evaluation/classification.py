@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from vmoe.distributed.process_group import gather_lists
 from vmoe.evaluation.inference import evaluating
@@ -74,7 +75,8 @@ def evaluate_classification(
 
     Args:
         model: images (B, 3, H, W) -> logits (B, C); must be on `device`.
-        loader: batches with "image" (B, 3, H, W) float and "label" (B,) long; `vmoe.data.eval_loader` gives one. Where
+        loader: batches with "image" (B, 3, H, W) float, or the patches of images of any sizes (`vmoe.data.naflex`), and
+            "label" (B,) long; `vmoe.data.eval_loader` gives one. Where
             torch.distributed runs, each process gives its own samples, with their "index" (B,) in the data.
         device, precision: where the model runs, in "float32", "bf16" or "fp16" (autocast).
         num_classes: of the data set, checked against the model's; None: not checked.
@@ -126,7 +128,7 @@ def predict(
     """
     rows, num_classes, num_rows = Rows(), 0, 0
     for batch in loader:
-        scores = score(batch["image"].to(device))
+        scores = score(tree_map(lambda image: image.to(device), batch["image"]))
         scores_BC = together(scores)
         num_classes = scores_BC.shape[1]
         if "label" not in batch:

@@ -194,6 +194,8 @@ class EvaluationConfig:
         if self.task in FEATURE_TASKS and self.train_data == self.data:
             raise ConfigError("train_data and data are the same: test a classifier on data that it did not learn from")
 
+        if self.loader.naflex is not None and self.task != "classification":
+            raise ConfigError(f"loader.naflex is for task 'classification', and task is {self.task!r}; leave it out")
         if self.task == "adversarial" and self.precision == "fp16":
             raise ConfigError("precision must be float32 or bf16 for task 'adversarial': in fp16 gradients vanish")
 

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from timm.models.naflexvit import NaFlexVit
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from vmoe.data import Transform, build_transform
+from vmoe.data import AugmentationConfig, LoaderConfig, Transform, build_transform
+from vmoe.data.naflex import NaFlexTransform, build_naflex
 from vmoe.evaluation.inference import pick_device
 from vmoe.evaluation.zero_shot import Template, feature_scorer
 from vmoe.models.factory import create_model, find_weights, get_tokenizer, is_contrastive, preprocess_config
 from vmoe.models.serialization import read_pretrained_metadata
 from vmoe.moe import quantize_experts
+from vmoe.utils.config import ConfigError
 from vmoe.utils.printable import printable
 
 
@@ -68,6 +72,19 @@ def load_model(
     own_crop = {} if crop_pct is None else {"crop_pct": crop_pct}
     transform, turned = build_transform(preprocess_config(model) | own_crop, None), trained_on_turned(weights)
     return LoadedModel(model, tokenizer, transform, torch_device, precision, checkpoint, weights, turned)
+
+
+def image_transform(
+    model: nn.Module, loader: LoaderConfig, augmentation: AugmentationConfig | None = None
+) -> Transform | NaFlexTransform:
+    """How images reach a model from a loader; ConfigError: its images are patches, and the model takes none."""
+    if loader.naflex is None:
+        return build_transform(preprocess_config(model), augmentation)
+    if not isinstance(vit := unwrap_model(model), NaFlexVit):
+        known = "such as vmoe_naflex_base_patch16 or an upcycled naflexvit_base_patch16_gap"
+        raise ConfigError(f"loader.naflex needs a NaFlexVit of timm's, {known}, got {type(vit).__name__}: leave it out")
+    patches = vit.embeds.patch_size, vit.embeds.channels_last
+    return build_naflex(preprocess_config(model), augmentation, loader.naflex.seq_lens, *patches)
 
 
 def trained_on_turned(weights: str | Path) -> bool:

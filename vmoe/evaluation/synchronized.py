@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from vmoe.distributed.parallelize import is_sharded
 from vmoe.distributed.process_group import SharedError, gather_lists
@@ -62,7 +63,7 @@ class SynchronizedBatches:
                 batch = next(batches, None)
             except Exception as error:  # raised in all processes, which would wait for this one otherwise
                 failure = error
-            blank = None if batch is None else torch.zeros_like(batch["image"][:1], device="meta")
+            blank = None if batch is None else tree_map(lambda part: part[:1].to("meta"), batch["image"])
             facts = gather_lists([(failure and str(failure), blank)])
             for message, _ in facts:
                 if message is not None:
@@ -73,7 +74,9 @@ class SynchronizedBatches:
             if batch is not None:
                 yield batch
             elif self.blanks:
-                yield {"image": torch.zeros_like(blanks[0], device="cpu")}
+                # Zeros, and where patches are marked as real, true.
+                blank = tree_map(lambda part: torch.full_like(part, part.dtype == torch.bool, device="cpu"), blanks[0])
+                yield {"image": blank}
 
 
 def equal_shares(parts: list[Any], model: nn.Module) -> list[tuple[Any, bool]]:

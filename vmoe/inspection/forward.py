@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
+from timm.models.naflexvit import NaFlexVit
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.evaluation.zero_shot import Template, feature_scorer
 from vmoe.inspection.accumulate import Decoder, ModalityTokens, split_modalities
 from vmoe.inspection.results import SampleRouting, TokenRouting
+from vmoe.models.preprocess import preprocess_config
 from vmoe.models.text import text_mask
 from vmoe.moe import SparseMoE, record_routing
 from vmoe.moe.record import WRAPPERS, unwrap
@@ -138,6 +140,9 @@ def patch_grid(model: nn.Module, num_tokens: int) -> tuple[int, int, int]:
         if embed is None and hasattr(tower, "class_embedding"):  # open_clip's own vision transformer
             embed, expected = tower, 1
         rows, columns = getattr(embed, "grid_size", None) or (0, 0)
+        if isinstance(tower, NaFlexVit):  # which sees images of its usual size here
+            embed = tower.embeds
+            rows, columns = embed.dynamic_feat_size(preprocess_config(tower)["input_size"][1:])
         if not hasattr(tower, "num_prefix_tokens"):  # a later stage of Swin sees a coarser grid
             while rows * columns > max(1, num_tokens):
                 rows, columns = (rows + 1) // 2, (columns + 1) // 2

@@ -51,6 +51,8 @@ class Planner:
     def __init__(self, config: Config, hardware: Hardware, nodes: int, gpus_per_node: int) -> None:
         self.config, self.hardware, self.per_node = config, hardware, gpus_per_node
         self.world = nodes * gpus_per_node
+        if config.data.loader.naflex is not None:
+            raise ConfigError("data.loader.naflex has batches of several sizes, which cannot be planned; leave it out")
         batch = config.data.loader.batch_size
         if batch % self.world:
             nearest = max(1, round(batch / self.world)) * self.world

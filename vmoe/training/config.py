@@ -382,7 +382,16 @@ class Config:
             "train.accumulate_features needs task 'contrastive' and train.accumulate_steps above 1; set it to false",
             train.accumulate_features and (not contrastive or train.accumulate_steps == 1),
         )
+        yield from self._naflex_conflicts(contrastive, mixes)
         yield f"data.loader.batch_size must be even for mixup and cutmix, got {batch}", mixes and batch % 2
+
+    def _naflex_conflicts(self, contrastive: bool, mixes: Any) -> Iterator[tuple[str, Any]]:
+        naflex, augmentation = self.data.loader.naflex is not None, self.data.augmentation
+        yield "data.loader.naflex needs task 'classification'; leave it out", naflex and contrastive
+        whole = "takes images of one size, which data.loader.naflex has not; leave one of them out"
+        yield f"data.augmentation.mixup or cutmix {whole}", naflex and mixes
+        yield f"data.augmentation.crop_padding {whole}", naflex and augmentation.crop_padding is not None
+        yield f"train.distill {whole}", naflex and self.train.distill.teacher is not None
 
     def _lora_conflicts(self, sharded: bool) -> Iterator[tuple[str, Any]]:
         yield (

@@ -28,7 +28,7 @@ def find_non_finite(model: nn.Module, compute_loss: Callable[[], Tensor], batch:
     """
     weights = [*model.named_parameters(), *model.named_buffers()]
     found = [f"the weights {name}" for name, tensor in weights if not _is_finite(tensor)]
-    found += [f"the input ({name})" for name, tensor in batch.items() if not _is_finite(tensor)]
+    found += [f"the input ({name})" for name, value in batch.items() if not all(map(_is_finite, tree_leaves(value)))]
     if gather_lists(found):
         return found[0] if found else None
 

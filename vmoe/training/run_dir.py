@@ -36,13 +36,13 @@ def check_same_settings(config: Config) -> None:
             f"the processes have different settings ({'; '.join(found.values())}); start all of them with the same "
             "config and arguments"
         )
-    batch_size, augmentation = config.data.loader.batch_size, config.data.augmentation
+    loader, augmentation = config.data.loader, config.data.augmentation
     each, why = (2, ", in pairs for mixup and cutmix") if augmentation.mixup or augmentation.cutmix else (1, "")
-    if batch_size % (each * processes):
-        raise ConfigError(
-            f"data.loader.batch_size must be a multiple of {each * processes}, got {batch_size}: {processes} processes "
-            f"share each batch{why}"
-        )
+    for size in loader.batch_sizes.values():
+        if size % (each * processes):
+            which = "the batch sizes of " * (loader.naflex is not None) + loader.size_setting
+            problem = f"{which} must be a multiple of {each * processes}, got {size}"
+            raise ConfigError(f"{problem}: {processes} processes share each batch{why}")
 
 
 def find_checkpoint(run: Path, config: Config) -> Path | None:

@@ -26,7 +26,8 @@ def start_lines(
     parts = [f"{len(data):,} {key} ({source.type})" for key, (source, data) in sets.items() if data is not None]
     classes = task.class_names if config.task == "classification" else task.val_data and task.val_data.classes
     yield f"data: {', '.join(parts)}{f', {len(classes)} classes' if classes else ''}"
-    train, size = config.train, config.data.loader.batch_size
+    train, sizes = config.train, config.data.loader.batch_sizes.values()
+    size = " to ".join(map(str, sorted({min(sizes), max(sizes)})))
     images = f"{size}" if train.accumulate_steps == 1 else f"{train.accumulate_steps} x {size}"
     epochs = f" ({train.epochs:g} {'epoch' if train.epochs == 1 else 'epochs'})" if train.epochs else ""
     yield f"steps: {train.steps:,}{epochs} of {images} images"

@@ -20,19 +20,22 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from vmoe.data import BadSample, EvalLoader, LoaderConfig, Transform, build_mixup, build_transform, eval_loader
+from vmoe.data import BadSample, EvalLoader, LoaderConfig, Transform, build_mixup, eval_loader
 from vmoe.data.build import applies_orientation, build_dataset, with_orientation
 from vmoe.data.cache import cache_images
+from vmoe.data.loader import batches_of
+from vmoe.data.naflex import NaFlexTransform
 from vmoe.data.workers import own_cores
 from vmoe.distributed.parallelize import is_sharded
 from vmoe.distributed.process_group import from_first
 from vmoe.evaluation import evaluate_classification, evaluate_retrieval, evaluate_zero_shot
 from vmoe.evaluation.class_names import check_same_classes
+from vmoe.evaluation.loaded_model import image_transform
 from vmoe.evaluation.metrics import accuracy_names
 from vmoe.evaluation.retrieval import RECALL_NAMES, retrieval_loader
 from vmoe.evaluation.zero_shot import check_class_names, check_templates, resolve_templates
 from vmoe.inspection.maps import example_figure
-from vmoe.models.factory import create_model, get_tokenizer, is_contrastive, preprocess_config
+from vmoe.models.factory import create_model, get_tokenizer, is_contrastive
 from vmoe.models.serialization import WeightsError, stored_name
 from vmoe.models.spec import IMAGE_TEXT_NAMES
 from vmoe.moe.quantize import experts_kept_as
@@ -60,14 +63,14 @@ def with_steps(config: Config) -> Config:
 
     ConfigError: it has other steps too.
     """
-    train, size = config.train, config.data.loader.batch_size
+    train = config.train
     steps = train.steps or STEPS
     if train.epochs is not None:
         check_source(config)
 
         def count() -> int:
             """Batches of an epoch; the last, incomplete one is dropped."""
-            return build_dataset(config.data.train).batches(config.seed, size).steps_per_epoch
+            return batches_of(build_dataset(config.data.train), config.data.loader, config.seed).steps_per_epoch
 
         steps = max(1, math.ceil(train.epochs * from_first(count) / train.accumulate_steps))
         if train.steps not in (None, steps):
@@ -181,10 +184,10 @@ class Task:
             logger.warning("no %s: %s", file.name, error or type(error).__name__)
             return False
 
-    def _val_reading(self, model: nn.Module) -> tuple[Transform, LoaderConfig]:
+    def _val_reading(self, model: nn.Module) -> tuple[Transform | NaFlexTransform, LoaderConfig]:
         evaluate = self.config.evaluate
         loader = dataclasses.replace(self.config.data.loader, batch_size=evaluate.batch_size, on_bad=evaluate.on_bad)
-        return build_transform(preprocess_config(model), None), loader
+        return image_transform(model, loader), loader
 
     def _val_loader(self, model: nn.Module, device: torch.device) -> EvalLoader:
         transform, loader = self._val_reading(model)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor, nn
 
-from vmoe.data import TrainLoader, build_transform, train_loader
+from vmoe.data import TrainLoader, train_loader
 from vmoe.data.seeding import derive_seed
 from vmoe.distributed import process_group
 from vmoe.distributed.mesh import make_meshes, mesh_size
@@ -35,7 +35,7 @@ from vmoe.distributed.process_group import (
     sum_over_processes,
 )
 from vmoe.evaluation.inference import arithmetic, attention_kernel, pick_device, pick_precision
-from vmoe.models.factory import preprocess_config
+from vmoe.evaluation.loaded_model import image_transform
 from vmoe.models.flops import model_profile
 from vmoe.models.manifest import list_checkpoints, step_of
 from vmoe.models.serialization import WeightsError, checkpoint_weights
@@ -142,7 +142,7 @@ class Trainer:
         self.task.distiller = self._create_distiller()
         self._parallelize()
         self._create_optimizer(new=checkpoint is None)
-        transform = build_transform(preprocess_config(self.model), config.data.augmentation)
+        transform = image_transform(self.model, config.data.loader, config.data.augmentation)
         data, distiller = self.task.train_data, self.task.distiller
         tokenizer = getattr(distiller, "tokenizers", self.task.tokenizer)
         loader = train_loader(data, transform, tokenizer, config.data.loader, config.seed, device)
@@ -308,7 +308,7 @@ class Trainer:
             taught = self.task.distiller.take_seconds()
             self.progress["teacher_seconds"] = self.progress.get("teacher_seconds", 0.0) + taught
             self.taught += taught
-        self.images += self.processes * sum(len(batch["image"]) for batch in batches)
+        self.images += self.processes * sum(len(batch["index"]) for batch in batches)
         self.seconds += seconds
         self.display.step_done(self.step, seconds)
         return {"loss": total, **parts, "lr": lr, "grad_norm": norm}, record
@@ -450,7 +450,7 @@ class Trainer:
     def finish(self) -> dict[str, Any]:
         """Writes summary.json, curves.png and examples.png, and prints the final table; returns the summary."""
         config, progress = self.config, self.progress
-        images = self.step * config.data.loader.batch_size * config.train.accumulate_steps
+        images = self.step * self.batches.loader.batches.batch_size * config.train.accumulate_steps
         summary = {
             "model": config.model.name or config.model.pretrained,
             "task": config.task,
