@@ -79,7 +79,8 @@ def upcycle(
     for a setting out of range.
     """
     models = [models] if isinstance(models, nn.Module) else list(models)
-    _check(models, tower, granularity, expert_noise, reinit, calibration, cluster_energy, settings)
+    _check(models, calibration, tower, settings)
+    _check_numbers(granularity, expert_noise, reinit, cluster_energy)
     model, several = models[0], len(models) > 1
     layers = ("every1" if several else "last2") if layers is None else layers
     with suppress(TypeError):  # `sparse_blocks` says what is wrong with them
@@ -111,32 +112,26 @@ def upcycle(
     return remember(sparse, _new_spec(sparse, mlps, spec, family_spec, settings))
 
 
-def _check(
-    models: Sequence[nn.Module],
-    tower: str,
-    granularity: int,
-    expert_noise: float,
-    reinit: float,
-    calibration: Any,
-    cluster_energy: float,
-    settings: dict,
-) -> None:
-    if not models or not all(isinstance(model, nn.Module) for model in models):
-        raise ValueError(f"models must be a model, or a list of some, got {models!r:.100}")
-    for model in models:
-        refuse_adapters(model)
-    if calibration is not None and len(models) > 1:
-        raise ValueError(f"calibration clusters what one model sees, and there are {len(models)}; leave it out")
-    if not (isinstance(cluster_energy, (int, float)) and 0 < cluster_energy <= 1):
-        raise ValueError(f"cluster_energy must be above 0 and at most 1, got {cluster_energy!r}")
-    if tower not in TOWERS:
-        raise ValueError(f"tower must be one of {TOWERS}, got {tower!r}")
+def _check_numbers(granularity: int, expert_noise: float, reinit: float, cluster_energy: float) -> None:
     if type(granularity) is not int or granularity < 1:
         raise ValueError(f"granularity must be a whole number >= 1, got {granularity!r}")
     if not (isinstance(expert_noise, (int, float)) and 0 <= expert_noise < math.inf):
         raise ValueError(f"expert_noise must be a number >= 0 and finite, got {expert_noise!r}")
     if not (isinstance(reinit, (int, float)) and 0 <= reinit <= 1):
         raise ValueError(f"reinit must be 0..1, got {reinit!r}")
+    if not (isinstance(cluster_energy, (int, float)) and 0 < cluster_energy <= 1):
+        raise ValueError(f"cluster_energy must be above 0 and at most 1, got {cluster_energy!r}")
+
+
+def _check(models: Sequence[nn.Module], calibration: Any, tower: str, settings: dict) -> None:
+    if not models or not all(isinstance(model, nn.Module) for model in models):
+        raise ValueError(f"models must be a model, or a list of some, got {models!r:.100}")
+    for model in models:
+        refuse_adapters(model)
+    if calibration is not None and len(models) > 1:
+        raise ValueError(f"calibration clusters what one model sees, and there are {len(models)}; leave it out")
+    if tower not in TOWERS:
+        raise ValueError(f"tower must be one of {TOWERS}, got {tower!r}")
     if settings.get("expert_width") is not None:
         raise ValueError("expert_width cannot be set: the experts are copies of the MLPs; granularity makes finer ones")
     for name in settings.keys() - SETTING_NAMES:
@@ -145,7 +140,8 @@ def _check(
 
 def _check_shared(models: Sequence[nn.Module], mlps: Iterable[str]) -> None:
     """UpcycleError: several models differ in more than what each expert has of its own."""
-    own = [f"{name}.{part}." for name in mlps for part in _own_parts(models[0], name)]
+    layouts = {name: _layout(models[0], name) for name in mlps}
+    own = [f"{name}.{part}." for name, each in layouts.items() for part in (*each.fc1, each.norm, each.fc2) if part]
     first = named_tensors(models[0])
     for number, other in enumerate(models[1:], start=1):
         if (problem := difference(models[0], other)) is not None:
@@ -160,12 +156,6 @@ def _check_shared(models: Sequence[nn.Module], mlps: Iterable[str]) -> None:
                 )
 
 
-def _own_parts(model: nn.Module, name: str) -> Iterable[str]:
-    """The parts of an MLP of which each expert has its own: not a learned activation."""
-    layout = _layout(model, name)
-    return filter(None, (*layout.fc1, layout.norm, layout.fc2))
-
-
 def _routing_settings(user: dict, G: int, num_models: int) -> dict:
     """The settings of `upcycle`: its defaults, then the preset's, then the user's."""
     defaults = {"router": "top_k", "num_experts": 8 * G, "num_selected_experts": 2 * G}
@@ -178,15 +168,10 @@ def _routing_settings(user: dict, G: int, num_models: int) -> dict:
         settings.pop("expert_mlp", None)  # the dense model decides, not a preset
     if G > 1 and settings["router"] != "top_k":
         raise ValueError(f"granularity={G} needs router='top_k', not {settings['router']!r}")
-    for name in ("num_experts", "num_selected_experts") if G > 1 else ():
-        if not isinstance(settings[name], int) or settings[name] % G:
-            raise ValueError(f"{name} must be a multiple of granularity ({G}), got {settings[name]!r}")
-    if num_models > 1 and (not isinstance(settings["num_experts"], int) or settings["num_experts"] % (num_models * G)):
-        each = f" times granularity ({num_models} x {G})" if G > 1 else ""
-        raise ValueError(
-            f"num_experts must be a multiple of the number of models{each or f' ({num_models})'}, "
-            f"got {settings['num_experts']!r}"
-        )
+    for name, number in (("num_experts", num_models), ("num_selected_experts", 1)):
+        if number * G > 1 and (not isinstance(settings[name], int) or settings[name] % (number * G)):
+            parts = [f"granularity ({G})"] * (G > 1) + [f"the number of models ({number})"] * (number > 1)
+            raise ValueError(f"{name} must be a multiple of {' times '.join(parts)}, got {settings[name]!r}")
     if settings["router"] == "top_k" and settings["num_selected_experts"] == 1 and settings.get("normalize_weights"):
         warnings.warn(
             "upcycle: with num_selected_experts=1 and normalised weights only the auxiliary losses train the router; "
