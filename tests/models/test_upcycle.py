@@ -14,6 +14,7 @@ from torch import nn
 
 import vmoe
 from vmoe.models.dense_mlp import UpcycleError
+from vmoe.models.expert_init import spherical_k_means
 from vmoe.models.factory import create_model, save_pretrained
 
 pytestmark = pytest.mark.filterwarnings("ignore:Overwriting")
@@ -531,35 +532,29 @@ def test_activations_with_a_number_for_each_channel_are_named():
         vmoe.densify(native)
 
 
-def siblings(dense, number=3):
-    """Models that differ from a dense one in their MLPs alone, and it."""
-    models = [dense, *(copy.deepcopy(dense) for _ in range(number - 1))]
-    for model in models[1:]:
-        for name, parameter in model.named_parameters():
-            if ".mlp." in name and ".act." not in name:
-                parameter.data += 0.1 * torch.randn_like(parameter)
+def siblings(dense):
+    """A dense model, and two others that differ from it in their MLPs alone."""
+    models = [dense, copy.deepcopy(dense), copy.deepcopy(dense)]
+    for name, parameter in [pair for model in models[1:] for pair in model.named_parameters()]:
+        if ".mlp." in name and ".act." not in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
     return models
 
 
-@pytest.mark.parametrize(
-    ("name", "granularity"),
-    [("vit_tiny_patch16_224", 1), ("vit_tiny_patch16_224", 2), ("eva02_base_patch14_224", 1), ("CLIP", 1)],
-)
+@pytest.mark.parametrize(("name", "G"), [("vit_tiny_patch16_224", 2), ("eva02_base_patch14_224", 1), ("CLIP", 1)])
 @torch.no_grad()
-def test_each_of_several_models_gives_experts(name, granularity, tmp_path):
-    dense = IMAGE_TEXT[name]() if name in IMAGE_TEXT else timm.create_model(name, **TIMM[name])
-    models = siblings(trained(dense))
+def test_each_of_several_models_gives_experts(name, G, tmp_path):
+    models = siblings(trained(IMAGE_TEXT[name]() if name in IMAGE_TEXT else timm.create_model(name, **TIMM[name])))
     before = [copy.deepcopy(model.state_dict()) for model in models]
-    sparse = vmoe.upcycle(models=models, num_experts=6 * granularity, granularity=granularity)
+    sparse = vmoe.upcycle(models=models, num_experts=6 * G, granularity=G)
     for expert in (0, 3, 5):
-        again = vmoe.densify(sparse, expert).state_dict()
-        torch.testing.assert_close(again, before[expert // 2], rtol=0, atol=0)
+        torch.testing.assert_close(vmoe.densify(sparse, expert).state_dict(), before[expert // 2], rtol=0, atol=0)
     assert len(routers(sparse)) == (4 if name == "CLIP" else 2)
     assert vmoe.upcycle(models).get_submodule(routers(sparse)[0]).num_experts == 3
-    if name == "vit_tiny_patch16_224":
+    if name != "CLIP":
         save_pretrained(sparse, tmp_path / "m.safetensors")
-        again = create_model(pretrained=tmp_path / "m.safetensors").eval()
-        assert torch.equal(again(images()), sparse(images()))
+        x = images(TIMM[name]["img_size"])
+        assert torch.equal(create_model(pretrained=tmp_path / "m.safetensors").eval()(x), sparse(x))
 
 
 def test_several_models_that_differ_elsewhere_are_refused():
@@ -575,11 +570,76 @@ def test_several_models_that_differ_elsewhere_are_refused():
             {},
             r"models\[1\] is not .*: num_heads of .* is 2 instead of 4",
         ),
-        ([a, tiny_vit(depth=1)], {}, r"models\[1\] is not built like models\[0\]: it lacks blocks"),
-        ([a, b], {"num_experts": 3}, r"num_experts must be a multiple of the number of models \(2\), got 3"),
-        ([a, b], {"num_experts": 6, "granularity": 2}, r"number of models times granularity \(2 x 2\), got 6"),
+        ([a, b], {"num_experts": 6, "granularity": 2}, r"granularity \(2\) times the number of models \(2\), got 6"),
         ([a, b], {"calibration": images()}, "calibration clusters what one model sees, and there are 2"),
         ([], {}, r"models must be a model, or a list of some, got \[\]"),
     ]:
         with pytest.raises(ValueError, match=message):
             vmoe.upcycle(models, **settings)
+
+
+def test_k_means_finds_the_directions_that_are_there():
+    direction_CD, cluster_N = torch.linalg.qr(torch.randn(8, 8)).Q[:5], torch.arange(500) % 5
+    x_ND = (torch.rand(500, 1) * 9 + 1) * (direction_CD[cluster_N] + 0.1 * torch.randn(500, 8))
+    centroid_CD = spherical_k_means(x_ND, 5)
+    torch.testing.assert_close(centroid_CD.norm(dim=1), torch.ones(5))
+    found_N = (x_ND @ centroid_CD.T).argmax(1)
+    assert len(set(zip(found_N.tolist(), cluster_N.tolist()))) == 5  # one found cluster for each
+    with pytest.raises(ValueError, match="fewer than 6 different tokens"):
+        spherical_k_means(direction_CD[cluster_N], 6)
+
+
+@torch.no_grad()
+def test_copies_with_centroids_as_router_compute_the_same():
+    dense = trained(IMAGE_TEXT["CLIP"]())
+    batch = {"image": torch.randn(32, 3, 32, 32), "text": torch.randint(1, 512, (32, 16))}
+    sparse = vmoe.upcycle(dense, 8, "every1", 4, granularity=2, calibration=batch, cluster_energy=1)
+    assert len(sparse.upcycle_differences) == 5  # of two blocks in each tower, and the output
+    assert max(sparse.upcycle_differences.values()) < 1e-5
+    with vmoe.record_routing(sparse) as record:
+        sparse(*batch.values())
+    for call in record.layers.values():
+        assert call.load.min() > 0.02 * call.load.sum()
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_base_patch14_224"])  # SwiGLU with a norm
+@torch.no_grad()
+def test_an_expert_is_the_lowest_rank_that_keeps_the_energy_on_its_cluster(name):
+    dense, seen = trained(timm.create_model(name, **TIMM[name])), []
+    x = torch.randn(96, 3, TIMM[name]["img_size"], TIMM[name]["img_size"])
+    sparse, closer = (vmoe.upcycle(dense, 4, [1], calibration=x, cluster_energy=share) for share in (0.9, 0.97))
+    mlp, layer = dense.blocks[1].mlp, sparse.blocks[1].mlp
+    mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    expected = dense(x)
+    cluster_N = (seen[0] @ layer.router.weight.T).argmax(1)
+    weight_OI = (torch.cat([mlp.fc1_g.weight, mlp.fc1_x.weight]) if "eva" in name else mlp.fc1.weight).double()
+    for expert in range(4):
+        x_IN = seen[0][cluster_N == expert].T.double()
+        energies = torch.linalg.svdvals(weight_OI @ x_IN).square()
+        rank = int((energies.cumsum(0) < 0.9 * energies.sum()).sum()) + 1
+        own_OI = layer.experts.fc1.weight[expert].double()
+        assert torch.linalg.matrix_rank(own_OI, rtol=1e-4) == rank < 64
+        lost = ((own_OI - weight_OI) @ x_IN).square().sum()  # what no matrix of this rank can keep
+        torch.testing.assert_close(lost, energies[rank:].sum(), rtol=1e-3, atol=0)
+        assert torch.linalg.matrix_rank(layer.experts.fc2.weight[expert], rtol=1e-4) < 64
+    far, theirs = sparse.upcycle_differences, mlp(seen[0])
+    assert far["blocks.1.mlp"] == pytest.approx(float((layer(seen[0]) - theirs).norm() / theirs.norm()), rel=1e-4)
+    assert far["output"] == pytest.approx(float((sparse(x) - expected).norm() / expected.norm()), rel=1e-4)
+    assert 0.05 < closer.upcycle_differences["blocks.1.mlp"] < 0.7 * far["blocks.1.mlp"]
+
+
+def test_what_cannot_be_clustered_is_refused_and_zeros_are_compared():
+    dense = tiny_vit()
+    for settings, message in [
+        ({"calibration": []}, "calibration is empty"),
+        ({"calibration": [(images()[:1] * 0, torch.zeros(1))]}, "blocks.1.mlp sees fewer than 64"),  # with labels
+        ({"calibration": images(), "router": "expert_choice"}, "needs router='top_k' and a linear gate"),
+        ({"calibration": images(), "cluster_energy": 0}, "cluster_energy must be above 0 and at most 1, got 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            vmoe.upcycle(dense, 64, [1], **settings)
+    with pytest.raises(ValueError, match="does not reach transformer.resblocks.0.mlp; give images and texts"):
+        vmoe.upcycle(IMAGE_TEXT["CLIP"](), 4, "every1", calibration=images())
+    nn.init.zeros_(dense.head.weight)
+    nn.init.zeros_(dense.head.bias)
+    assert vmoe.upcycle(dense, 4, [1], calibration=images()).upcycle_differences["output"] == 0
