@@ -127,6 +127,16 @@ def test_gradients_reach_all_that_is_trained(batch, num_classes):
     assert not torch.equal(before, model.blocks[0].mlp.router.expert_bias)
 
 
+@pytest.mark.parametrize("settings", [{"router": "expert_choice"}, {"router": "soft"}, {"per_image": True}])
+def test_other_routers(batch, settings):
+    model = make(depth=1, **settings)
+    loss = sum(each[batch["padding_mask"]].square().sum() for each in model(**batch)["patch_features"].values())
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.blocks[0].mlp.parameters())
+    with pytest.raises(ValueError, match="bias_update_rate=0.1 needs router='top_k', not 'soft'"):
+        make(router="soft", bias_update_rate=0.1)
+
+
 def test_int8_capacity_and_export(tmp_path):
     model = make(num_classes=3, depth=1).eval()
     images = torch.randn(4, 3, 24, 24)

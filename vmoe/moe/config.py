@@ -269,10 +269,12 @@ def preset_settings(given: Mapping) -> dict:
 def with_preset(defaults: Mapping, given: Mapping) -> dict:
     """Settings from a model's defaults, its router's needs, the preset, and what the user gave; later ones win.
 
+    A default that another router than the user's needs is off.
     `given["router_preset"]`, if any, names the preset. ValueError for an unknown preset or router.
     """
     preset = preset_settings(given)
     router = {**defaults, **preset, **given}.get("router", "top_k")
     if router not in CHOICES["router"]:
         raise ValueError(f"router must be one of {CHOICES['router']}, got {router!r}")
-    return {**defaults, **_ROUTER_DEFAULTS[router], **preset, **given}
+    off = {name: off for name, (off, routers) in _USED_BY.items() if name in defaults and router not in routers}
+    return {**defaults, **off, **_ROUTER_DEFAULTS[router], **preset, **given}
