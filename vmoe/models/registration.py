@@ -2,24 +2,60 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import timm
-from timm.models import register_model, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, register_model, resolve_pretrained_cfg
 from torch import nn
+
+from vmoe.moe.config import preset_settings
 
 logger = logging.getLogger("vmoe.models")
 
 ABOUT_WEIGHTS = ("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "cache_dir", "device", "dtype")
 
 
-def register_names(module: str, names: Iterable[str], create: Callable[..., nn.Module]) -> None:
-    """Registers `create(name, pretrained, **kwargs)` under each name, as a function of a module, where timm looks."""
-    for name in names:
-        build = partial(create, name)
+def register_models(
+    module: str,
+    model_class: type[nn.Module],
+    models: Mapping[str, dict],
+    feature_cfg: Callable[[dict], dict],
+    **options: Any,
+) -> None:
+    """Registers a class under names, each with the arguments that it stands for, as functions of a module, where timm
+    looks. `feature_cfg` is that of `features_only`, from a model's arguments; `options` are of timm's builder."""
+    for name, own in models.items():
+        build = partial(_create, name, own, model_class, feature_cfg, options)
         build.__name__, build.__module__ = name, module
         setattr(sys.modules[module], name, register_model(build))
+
+
+def _create(
+    name: str,
+    own: dict,
+    model_class: type[nn.Module],
+    feature_cfg: Callable[[dict], dict],
+    options: dict,
+    pretrained: bool = False,
+    **kwargs,
+) -> nn.Module:
+    """The model of a name; the user's settings go over its preset, and that over what the name stands for."""
+    stored_name, kwargs = with_settings_of_file(name, pretrained, kwargs)
+    if stored_name != name:
+        return timm.model_entrypoint(stored_name)(pretrained, **kwargs)
+    preset = preset_settings(kwargs)
+    asked = {**preset, **kwargs}
+    own = {key: value for key, value in own.items() if key not in preset}
+    if asked.get("router", "soft") != "soft" or "capacity_factor" in asked:
+        own.pop("num_slots", None)
+    model_args = {**own, **kwargs}
+    features = feature_cfg(model_args)
+    features = features | {"out_indices": model_args.pop("out_indices", features["out_indices"])}
+    model = build_model_with_cfg(model_class, name, pretrained, feature_cfg=features, **options, **model_args)
+    model._model_args = {key: value for key, value in kwargs.items() if key not in ABOUT_WEIGHTS}  # as timm's factory
+    return model
 
 
 def with_settings_of_file(name: str, pretrained: bool, kwargs: dict) -> tuple[str, dict]:

@@ -2,21 +2,13 @@
 
 from functools import partial
 
-import timm
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
-    load_pretrained,
-    register_model,
-    resolve_pretrained_cfg,
-)
+from timm.models import generate_default_cfgs, load_pretrained, register_model, resolve_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from vmoe.models.registration import ABOUT_WEIGHTS, register_names, with_settings_of_file
+from vmoe.models.registration import ABOUT_WEIGHTS, register_models
 from vmoe.models.vision import VisionMoE
-from vmoe.moe.config import preset_settings
 
 _TINY = {"img_size": 48, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}
 _SMALL = {"embed_dim": 512, "depth": 8, "num_heads": 8, "moe_layers": "last2"}
@@ -49,31 +41,15 @@ MODELS: dict[str, dict] = {
 }
 
 
+# The reference's activation, epsilon and initialisation.
+_STYLE = {"act_layer": "gelu_tanh", "norm_layer": partial(nn.LayerNorm, eps=1e-6), "weight_init": "jax"}
+
 # Pixels are scaled to -1..1, as in the reference.
 _CFG = {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD, "interpolation": "bilinear"}
 _CFG |= {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head", "license": "apache-2.0"}
 _TINY_CFG = {**_CFG, "input_size": (3, 48, 48), "crop_pct": 1.0, "interpolation": "bicubic"}
 # `register_model` looks for this name.
 default_cfgs = generate_default_cfgs({name: _TINY_CFG if "tiny" in name else _CFG for name in MODELS})
-
-
-def _create(name: str, pretrained: bool = False, **kwargs) -> VisionMoE:
-    """The model of a name; the user's settings go over its preset, and that over what the name stands for."""
-    stored_name, kwargs = with_settings_of_file(name, pretrained, kwargs)
-    if stored_name != name:
-        return timm.model_entrypoint(stored_name)(pretrained, **kwargs)
-    preset = preset_settings(kwargs)
-    asked = {**preset, **kwargs}
-    own = {key: value for key, value in MODELS[name].items() if key not in preset}
-    if asked.get("router", "soft") != "soft" or "capacity_factor" in asked:
-        own.pop("num_slots", None)
-    style = {"act_layer": "gelu_tanh", "norm_layer": partial(nn.LayerNorm, eps=1e-6), "weight_init": "jax"}
-    model_args = {**style, **own, **kwargs}
-    feature_cfg = {"out_indices": model_args.pop("out_indices", 3), "feature_cls": "getter"}
-    options = {"pretrained_filter_fn": _filter, "feature_cfg": feature_cfg}
-    model = build_model_with_cfg(VisionMoE, name, pretrained, **options, **model_args)
-    model._model_args = {key: value for key, value in kwargs.items() if key not in ABOUT_WEIGHTS}  # as timm's factory
-    return model
 
 
 def _filter(state_dict: dict[str, Tensor], model: VisionMoE) -> dict[str, Tensor]:
@@ -107,4 +83,6 @@ def upcycled_moe(pretrained: bool = False, spec: dict | None = None, **kwargs) -
 
 default_cfgs |= generate_default_cfgs({"upcycled_moe": {}})
 register_model(upcycled_moe)
-register_names(__name__, MODELS, _create)
+_styled = {name: {**_STYLE, **own} for name, own in MODELS.items()}
+_features = {"out_indices": 3, "feature_cls": "getter"}
+register_models(__name__, VisionMoE, _styled, lambda _: _features, pretrained_filter_fn=_filter)

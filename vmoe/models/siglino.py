@@ -13,7 +13,6 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -21,16 +20,16 @@ from PIL import Image
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import AttentionPoolLatent, DropPath, GluMlp, to_2tuple
 from timm.layers.activations import GELUTanh
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs
+from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vmoe.models.registration import ABOUT_WEIGHTS, register_names, with_settings_of_file
+from vmoe.models.registration import register_models
 from vmoe.models.siglino_attention import SinkAttention, golden_frequencies, patch_positions, rotation
 from vmoe.models.text import attention_bias, masked_mean, text_routing
 from vmoe.models.vision import BlocksMixin, sparse_blocks, without_fused_attention
 from vmoe.moe import SparseMoE
-from vmoe.moe.config import PRESETS, preset_settings
+from vmoe.moe.config import PRESETS
 from vmoe.moe.experts import GATED_ACTIVATIONS
 
 # The rate of the balancing bias is DeepSeek-V3's: SigLino's own is not published.
@@ -505,17 +504,4 @@ _CFG |= {"mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD, "classi
 default_cfgs = generate_default_cfgs(dict.fromkeys(SIGLINO_CONFIGS, _CFG))
 
 
-def _create(name: str, pretrained: bool = False, **kwargs) -> SigLino:
-    """The model of a name; the user's settings go over its preset, and that over what the name stands for."""
-    stored_name, kwargs = with_settings_of_file(name, pretrained, kwargs)
-    if stored_name != name:
-        return timm.model_entrypoint(stored_name)(pretrained, **kwargs)
-    preset = preset_settings(kwargs)
-    model_args = {key: value for key, value in SIGLINO_CONFIGS[name].items() if key not in preset} | kwargs
-    feature_cfg = {"out_indices": model_args.pop("out_indices", 3), "feature_cls": "getter"}
-    model = build_model_with_cfg(SigLino, name, pretrained, feature_cfg=feature_cfg, **model_args)
-    model._model_args = {key: value for key, value in kwargs.items() if key not in ABOUT_WEIGHTS}  # as timm's factory
-    return model
-
-
-register_names(__name__, SIGLINO_CONFIGS, _create)
+register_models(__name__, SigLino, SIGLINO_CONFIGS, lambda _: {"out_indices": 3, "feature_cls": "getter"})

@@ -5,11 +5,10 @@ The sizes are those of the configs of github.com/microsoft/Swin-Transformer, who
 
 from collections.abc import Sequence
 
-import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models.swin_transformer import (
     SwinTransformer,
     SwinTransformerBlock,
@@ -19,10 +18,9 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor, nn
 
-from vmoe.models.registration import ABOUT_WEIGHTS, register_names, with_settings_of_file
+from vmoe.models.registration import register_models
 from vmoe.models.vision import sparse_blocks, take_routing, without_decay, without_fused_attention
 from vmoe.moe import SparseMoE
-from vmoe.moe.config import preset_settings
 
 # Tutel's rules: one expert per token, the surest first, within the same capacity in training and evaluation.
 ROUTING_DEFAULTS = {"num_experts": 8, "num_selected_experts": 1, "batch_priority": True, "expert_drop": 0.1}
@@ -193,20 +191,9 @@ _TINY_CFG = {**_PLAIN, "input_size": (3, 32, 32), "crop_pct": 1.0}
 default_cfgs = generate_default_cfgs({name: _TINY_CFG if "tiny" in name else _CFG for name in SWIN_MOE_MODELS})
 
 
-def _create(name: str, pretrained: bool = False, **kwargs) -> SwinMoE:
-    """The model of a name; the user's settings go over its preset, and that over what the name stands for."""
-    stored_name, kwargs = with_settings_of_file(name, pretrained, kwargs)
-    if stored_name != name:
-        return timm.model_entrypoint(stored_name)(pretrained, **kwargs)
-    preset = preset_settings(kwargs)
-    own = {key: value for key, value in SWIN_MOE_MODELS[name].items() if key not in preset}
-    model_args = {**own, **kwargs}
-    stages = range(len(model_args["depths"]))
-    feature_cfg = {"flatten_sequential": True, "out_indices": model_args.pop("out_indices", tuple(stages))}
-    options = {"pretrained_filter_fn": checkpoint_filter_fn, "feature_cfg": feature_cfg}
-    model = build_model_with_cfg(SwinMoE, name, pretrained, **options, **model_args)
-    model._model_args = {key: value for key, value in kwargs.items() if key not in ABOUT_WEIGHTS}  # as timm's factory
-    return model
+def _features(model_args: dict) -> dict:
+    """All stages, each with its maps."""
+    return {"flatten_sequential": True, "out_indices": tuple(range(len(model_args["depths"])))}
 
 
-register_names(__name__, SWIN_MOE_MODELS, _create)
+register_models(__name__, SwinMoE, SWIN_MOE_MODELS, _features, pretrained_filter_fn=checkpoint_filter_fn)
