@@ -265,6 +265,13 @@ def test_more_heads_and_sparse_blocks_than_stages(golden):
     equal(model.state_dict(), vmoe.convert.from_swin_moe(args, state).state_dict())
 
 
+def test_the_dropout_is_that_of_all_places(golden):
+    args, state = golden
+    model = vmoe.convert.from_swin_moe({**args, "drop_rate": 0.3}, state)
+    assert model.patch_embed.drop.p == model.layers[0].blocks[0].attn.proj_drop.p == 0.3
+    assert model.head.drop.p == 0  # timm's drop_rate
+
+
 def test_the_arguments_gate_counts_for_a_file_of_a_released_size():
     args = {"embed_dim": 96, "depths": [2, 2, 18, 2], "window_size": 12, "moe_blocks": [[], [], [1], [1]]}
     sizes = {f"layers.2.blocks.{i}.norm1.weight": (96,) for i in range(24)}

@@ -47,6 +47,15 @@ def test_attention_is_timms_with_the_table_that_the_mlp_makes():
         assert ours(images[..., :32, :48]).isfinite().all()
 
 
+def test_dropout_after_the_patch_embedding():
+    model = tiny(pos_drop_rate=0.5)
+    expected = model.patch_embed(IMAGES)
+    found = model.train().patch_embed(IMAGES)
+    kept = found != 0
+    assert 0.4 < kept.float().mean() < 0.6
+    torch.testing.assert_close(found[kept], 2 * expected[kept])
+
+
 def test_windows_of_images_that_are_not_square_follow_the_shorter_side():
     def windows(model):
         blocks = [block for stage in model.layers for block in stage.blocks]

@@ -206,6 +206,7 @@ def _settings(top: Section, E: int, blocks: int) -> dict[str, Any]:
         if top.take(key, needed) != needed:
             raise top.wrong(key, top.values[key], f"{needed}, as in all released models")
     kwargs = {_OURS.get(key, key): top.get(key, *own) for key, own in _ARGS.items()}
+    kwargs["pos_drop_rate"] = kwargs["proj_drop_rate"]  # one rate there
     depths = kwargs["depths"]
     kwargs["num_heads"] = kwargs["num_heads"][: len(depths)]  # the project takes the first of more
     if sum(depths) != blocks or len(kwargs["num_heads"]) != len(depths):

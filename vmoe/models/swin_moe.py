@@ -4,10 +4,11 @@ The sizes are those of the configs of github.com/microsoft/Swin-Transformer, who
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Mlp
+from timm.layers import Mlp, PatchEmbed
 from timm.models import generate_default_cfgs
 from timm.models.swin_transformer import (
     SwinTransformer,
@@ -83,6 +84,17 @@ class PositionMlpAttention(WindowAttention):
         return bias.permute(2, 0, 1).contiguous()[None]
 
 
+class DroppingPatchEmbed(PatchEmbed):
+    """timm's patch embedding with dropout behind it."""
+
+    def __init__(self, *args, drop: float, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(super().forward(x))
+
+
 class SwinMoE(SwinTransformer):
     """timm's Swin with experts in some blocks, and position biases by an MLP.
 
@@ -93,6 +105,8 @@ class SwinMoE(SwinTransformer):
         moe_layers: see `sparse_blocks`, of the blocks of all stages in their order.
         mlp_fc2_bias: False: dense MLPs have no second bias, and that of the experts, zero at first, is not trained.
         pretrained_window_sizes: see `PositionMlpAttention`, for each stage.
+        pos_drop_rate: of dropout after the patch embedding. The project's `drop_rate` is this and `proj_drop_rate`;
+            timm's `drop_rate` is before the classifier.
         **kwargs: of timm's `SwinTransformer` and of `vmoe.moe.config.RoutingSettings`, and `router_preset`;
             `num_experts=0` makes the dense baseline.
     """
@@ -103,11 +117,13 @@ class SwinMoE(SwinTransformer):
         moe_layers: str | Sequence[int] = "last10",
         mlp_fc2_bias: bool = True,
         pretrained_window_sizes: Sequence[int] = (),
+        pos_drop_rate: float = 0.0,
         weight_init: str = "",
         **kwargs,
     ) -> None:
         routing = take_routing(kwargs, ROUTING_DEFAULTS)
-        super().__init__(*args, weight_init="skip", **kwargs)
+        embed_layer = partial(DroppingPatchEmbed, drop=pos_drop_rate)
+        super().__init__(*args, weight_init="skip", embed_layer=embed_layer, **kwargs)
         self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
         windows = list(pretrained_window_sizes) or [0] * len(self.layers)
         if len(windows) != len(self.layers):
