@@ -9,16 +9,15 @@ Shapes, by suffix: B batch, N patches, padding included, T prefix tokens + N, D 
 
 from collections.abc import Sequence
 
-import timm
 import torch
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models.eva import EvaBlock
 from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit, checkpoint_filter_fn
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from vmoe.models.registration import ABOUT_WEIGHTS, register_names, with_settings_of_file
+from vmoe.models.registration import register_models
 from vmoe.models.vision import (
     ROUTING_DEFAULTS,
     check_rotation,
@@ -29,7 +28,6 @@ from vmoe.models.vision import (
     without_fused_attention,
 )
 from vmoe.moe import SparseMoE
-from vmoe.moe.config import preset_settings
 
 
 def real_tokens(attn_mask: Tensor | None) -> Tensor | None:
@@ -191,19 +189,6 @@ _TINY_CFG = {**_CFG, "input_size": (3, 48, 48)}
 default_cfgs = generate_default_cfgs({name: _TINY_CFG if "tiny" in name else _CFG for name in NAFLEX_MODELS})
 
 
-def _create(name: str, pretrained: bool = False, **kwargs) -> NaFlexVisionMoE:
-    """The model of a name; the user's settings go over its preset, and that over what the name stands for."""
-    stored_name, kwargs = with_settings_of_file(name, pretrained, kwargs)
-    if stored_name != name:
-        return timm.model_entrypoint(stored_name)(pretrained, **kwargs)
-    preset = preset_settings(kwargs)
-    own = {key: value for key, value in NAFLEX_MODELS[name].items() if key not in preset}
-    model_args = {**_STYLE, **own, **kwargs}
-    feature_cfg = {"out_indices": model_args.pop("out_indices", 3), "feature_cls": "getter"}
-    options = {"pretrained_filter_fn": checkpoint_filter_fn, "feature_cfg": feature_cfg}
-    model = build_model_with_cfg(NaFlexVisionMoE, name, pretrained, **options, **model_args)
-    model._model_args = {key: value for key, value in kwargs.items() if key not in ABOUT_WEIGHTS}  # as timm's factory
-    return model
-
-
-register_names(__name__, NAFLEX_MODELS, _create)
+_features = {"out_indices": 3, "feature_cls": "getter"}
+_styled = {name: {**_STYLE, **own} for name, own in NAFLEX_MODELS.items()}
+register_models(__name__, NaFlexVisionMoE, _styled, lambda _: _features, pretrained_filter_fn=checkpoint_filter_fn)

@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -160,35 +160,41 @@ class SigLino(BlocksMixin, nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = 1 + reg_tokens
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, embed_dim)) if reg_tokens else None
-        self.golden = (num_heads, head_dim // 4, min_frequency, max_frequency)
-        self.register_buffer("frequencies", golden_frequencies(*self.golden))
+        self._add_prefix_and_positions(reg_tokens, (num_heads, head_dim // 4, min_frequency, max_frequency))
         sparse = sparse_blocks(moe_layers, depth)
-        num_tokens = self.patch_embed.num_patches + self.num_prefix_tokens
         norm = partial(nn.RMSNorm, embed_dim, norm_eps if norm_weights else None, norm_weights)
+        attention = partial(SinkAttention, embed_dim, num_heads, head_dim, num_kv_heads, qk_norm)
+        make_mlp = partial(_mlp, embed_dim, mlp_width, mlp, self.patch_embed.num_patches + self.num_prefix_tokens)
+        rates = [drop_path_rate * index / max(1, depth - 1) for index in range(depth)]
         self.blocks = nn.ModuleList(
-            SigLinoBlock(
-                (norm(), norm()),
-                SinkAttention(embed_dim, num_heads, head_dim, num_kv_heads, qk_norm),
-                _mlp(embed_dim, mlp_width, mlp, settings if index in sparse else None, num_tokens),
-                drop_path_rate * index / max(1, depth - 1),
-            )
-            for index in range(depth)
+            SigLinoBlock((norm(), norm()), attention(), make_mlp(settings if index in sparse else None), rate)
+            for index, rate in enumerate(rates)
         )
         self.norm = nn.RMSNorm(embed_dim, norm_eps)
-        reduction = self.patch_embed.patch_size[0]
-        self.feature_info = [
-            {"module": f"blocks.{index}", "num_chs": embed_dim, "reduction": reduction} for index in range(depth)
-        ]
-        teacher_dims = {"dinov3": 1024, "siglip2": 1152, **(teacher_dims or {})}
-        self.teachers = nn.ModuleDict({name: _adapter(embed_dim, width) for name, width in teacher_dims.items()})
-        self.siglip2_pool = _siglip2_pool(teacher_dims["siglip2"])
+        self._add_teachers({"dinov3": 1024, "siglip2": 1152, **(teacher_dims or {})})
         self.head_drop = nn.Dropout(drop_rate)
         if settings.get("backend") == "reference":
             without_fused_attention(self)
         self.reset_classifier(num_classes, global_pool)
         self.init_weights(needs_reset=False)
+
+    def _add_prefix_and_positions(self, reg_tokens: int, golden: tuple[int, int, float, float]) -> None:
+        """Class token, registers, and the frequencies of the rotation by the arguments of `golden_frequencies`."""
+        self.cls_token = nn.Parameter(torch.empty(1, 1, self.embed_dim))
+        self.reg_token = nn.Parameter(torch.empty(1, reg_tokens, self.embed_dim)) if reg_tokens else None
+        self.golden = golden
+        self.register_buffer("frequencies", golden_frequencies(*golden))
+
+    def _add_teachers(self, widths: Mapping[str, int]) -> None:
+        """The heads for the teachers, of their widths."""
+        self.teachers = nn.ModuleDict({name: _adapter(self.embed_dim, width) for name, width in widths.items()})
+        self.siglip2_pool = _siglip2_pool(widths["siglip2"])
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Where timm finds features, and of what size."""
+        size = {"num_chs": self.embed_dim, "reduction": self.patch_embed.patch_size[0]}
+        return [{"module": f"blocks.{index}", **size} for index in range(len(self.blocks))]
 
     def init_weights(self, needs_reset: bool = True) -> None:
         """Normal weights of deviation 0.02, smaller towards the last blocks in what adds to the tokens; experts and
@@ -404,7 +410,7 @@ def _checked_heads(embed_dim: int, num_heads: int, head_dim: int | None, num_kv_
     return head_dim, num_kv_heads
 
 
-def _mlp(embed_dim: int, mlp_width: int | None, mlp: str, routing: dict | None, num_tokens: int) -> nn.Module:
+def _mlp(embed_dim: int, mlp_width: int | None, mlp: str, num_tokens: int, routing: dict | None) -> nn.Module:
     """The experts of a block, or its dense MLP if `routing` is None or has no experts."""
     if routing is not None and routing["num_experts"]:
         return SparseMoE(embed_dim, mlp_width, bias=False, num_tokens=num_tokens, **routing)

@@ -136,6 +136,28 @@ class RotaryAttention(AttentionRope):
         return super().forward(x, attn_mask.rope_P2d, attn_mask.mask, is_causal)
 
 
+def _check_arguments(pos_embed: str, first_patch: bool, kwargs: dict) -> None:
+    """ValueError: unknown positions, or an argument of timm's that does not go with them, with experts, or with pooling
+    the first patch."""
+    if pos_embed not in ("learn", "sincos2d", "rope", "none", ""):
+        raise ValueError(f"pos_embed must be 'learn', 'sincos2d', 'rope' or 'none', got {pos_embed!r}")
+    if pos_embed == "rope" and (kwargs.get("patch_drop_rate") or "attn_layer" in kwargs):
+        raise ValueError("pos_embed='rope' rotates all patches in timm's attention: no patch_drop_rate, attn_layer")
+    if first_patch and kwargs.get("reg_tokens"):
+        raise ValueError("global_pool='token' without a class token pools the first patch; leave reg_tokens out")
+    if "block_fn" in kwargs:
+        raise ValueError("block_fn cannot be set: experts replace the MLPs of timm's Block; leave it out")
+
+
+def _checked_size(ensemble_size: int, sparse: Sequence[int]) -> int:
+    """The size of an ensemble, if a model with these sparse blocks can be one; else a ValueError."""
+    if type(ensemble_size) is not int:
+        raise ValueError(f"ensemble_size must be a whole number, got {ensemble_size!r}")
+    if ensemble_size != 1 and not sparse:
+        raise ValueError(f"ensemble_size={ensemble_size} needs blocks with experts; leave it out of a dense model")
+    return ensemble_size
+
+
 class CopyingBlock(Block):
     """timm's block on `copies` copies of each image, next to each other: where an ensemble begins."""
 
@@ -217,21 +239,10 @@ class VisionMoE(VisionTransformer):
         **kwargs,
     ) -> None:
         first_patch = global_pool == "token" and not class_token
-        if pos_embed not in ("learn", "sincos2d", "rope", "none", ""):
-            raise ValueError(f"pos_embed must be 'learn', 'sincos2d', 'rope' or 'none', got {pos_embed!r}")
-        if pos_embed == "rope" and (kwargs.get("patch_drop_rate") or "attn_layer" in kwargs):
-            raise ValueError("pos_embed='rope' rotates all patches in timm's attention: no patch_drop_rate, attn_layer")
-        if first_patch and kwargs.get("reg_tokens"):
-            raise ValueError("global_pool='token' without a class token pools the first patch; leave reg_tokens out")
-        if "block_fn" in kwargs:
-            raise ValueError("block_fn cannot be set: experts replace the MLPs of timm's Block; leave it out")
+        _check_arguments(pos_embed, first_patch, kwargs)
         routing = take_routing(kwargs, ROUTING_DEFAULTS)
         chosen = sparse_blocks(moe_layers, depth) if routing["num_experts"] else ()
-        if type(ensemble_size) is not int:
-            raise ValueError(f"ensemble_size must be a whole number, got {ensemble_size!r}")
-        if ensemble_size != 1 and not chosen:
-            raise ValueError(f"ensemble_size={ensemble_size} needs blocks with experts; leave it out of a dense model")
-        routing["ensemble_size"] = ensemble_size
+        routing["ensemble_size"] = _checked_size(ensemble_size, chosen)
 
         def make_block(*, depth: int, mlp_layer=Mlp, **block_kwargs) -> nn.Module:
             if depth in chosen:  # timm builds the blocks after the patch embedding
@@ -239,12 +250,10 @@ class VisionMoE(VisionTransformer):
                 mlp_layer = partial(SparseMoE, num_tokens=num_tokens, **routing)
             is_first = ensemble_size != 1 and depth == chosen[0]
             make = partial(CopyingBlock, ensemble_size) if is_first else Block
-            if pos_embed != "rope":
-                return make(depth=depth, mlp_layer=mlp_layer, **block_kwargs)
-            block = make(depth=depth, mlp_layer=mlp_layer, **{**block_kwargs, "attn_layer": RotaryAttention})
-            block.attn.num_prefix_tokens = self.num_prefix_tokens
-            return block
+            return make(depth=depth, mlp_layer=mlp_layer, **block_kwargs)
 
+        if pos_embed == "rope":
+            kwargs["attn_layer"] = RotaryAttention
         super().__init__(
             *args,
             depth=depth,
@@ -264,17 +273,20 @@ class VisionMoE(VisionTransformer):
             norm_queries_and_keys(self)
         if routing.get("backend") == "reference":
             without_fused_attention(self)
-        self.pre_logits = nn.Identity()
-        if representation_size is not None:
-            self._add_representation(representation_size)
+        self._add_representation(representation_size)
 
     def _rotary_positions(self, temperature: float) -> nn.Module:
+        for block in self.blocks:
+            block.attn.num_prefix_tokens = self.num_prefix_tokens  # which have no position
         attention = self.blocks[0].attn
         check_rotation(attention.head_dim, temperature)
         sizes = {"dim": self.embed_dim, "num_heads": attention.num_heads, "device": attention.proj.weight.device}
         return create_rope_embed("cat", temperature=temperature, in_pixels=False, **sizes)
 
-    def _add_representation(self, size: int) -> None:
+    def _add_representation(self, size: int | None) -> None:
+        self.pre_logits = nn.Identity()
+        if size is None:
+            return
         if not (isinstance(size, int) and size > 0):
             raise ValueError(f"representation_size must be a whole number >= 1, or None, got {size}")
         self.pre_logits = nn.Linear(self.embed_dim, size, **_like(self.patch_embed.proj.weight))
