@@ -16,6 +16,7 @@ from vmoe.cli.evaluate import main
 from vmoe.data.config import SourceConfig
 from vmoe.data.sources.imagenet import imagenet_synsets
 from vmoe.evaluation.config import CapacityConfig, EvaluationConfig, FeatureConfig
+from vmoe.evaluation.loaded_model import load_model
 from vmoe.evaluation.results_file import output_file
 from vmoe.models.factory import find_weights, save_pretrained
 from vmoe.models.manifest import describe_files, find_problems, write_manifest
@@ -166,6 +167,35 @@ def test_several_checkpoints_give_mean_and_spread(tree, classifier, tmp_path, ca
     assert [entry["results"] for entry in report["checkpoints"]] == [one["results"] for one in single]
     assert report["checkpoints"][0]["sha256"] != report["checkpoints"][1]["sha256"]
     assert report["data"] == single[0]["data"]
+
+
+def test_several_checkpoints_are_one_ensemble(tree, classifier, tmp_path, capsys):
+    torch.manual_seed(1)
+    other = vmoe.create_model("vmoe_tiny_patch8_48", num_classes=2, embed_dim=32, weight_init="", **TINY)
+    torch.nn.init.normal_(other.head.weight)
+    save_pretrained(other, tmp_path / "other.safetensors", extra={"class_names": ["cat", "dog"]})
+    checkpoints = [str(classifier), str(tmp_path / "other.safetensors")]
+    words = ["--config", "classification_folder", *folder_arguments(tree), "--ensemble", "true"]
+    ood = ["--ood_data.type", "image_folder", "--ood_data.path", str(tree / "folder")]  # the same: no difference
+    output = tmp_path / "result.json"
+    assert main([*arguments(json.dumps(checkpoints), output, *words, *ood)]) == 0
+    report = json.loads(output.read_text())
+    [entry] = report["checkpoints"]
+    assert entry["checkpoint"] == checkpoints
+    assert len(set(entry["sha256"])) == 2
+    loaded = [load_model(checkpoint, "cpu") for checkpoint in checkpoints]
+    files = [Image.open(file) for file in sorted((tree / "folder").glob("*/*.png"))]
+    images, labels = torch.stack([loaded[0].transform(file) for file in files]), torch.tensor([0, 0, 0, 1, 1, 1])
+    with torch.no_grad():
+        mean = torch.stack([each.model(images).softmax(-1) for each in loaded]).mean(0)
+    assert report["results"]["nll"] == pytest.approx(-mean[range(6), labels].log().mean().item(), abs=1e-4)
+    assert report["results"]["top1"] == pytest.approx((mean.argmax(1) == labels).double().mean().item())
+    assert report["results"]["diversity"] > 0
+    assert (report["results"]["auroc"], report["results"]["fpr95"]) == (0.5, 1.0)
+    assert (tmp_path / "result_confusion.csv").is_file()
+    with pytest.raises(SystemExit):
+        main(arguments(checkpoints[0], output, *words))
+    assert "ensemble needs several checkpoints" in capsys.readouterr().err
 
 
 def test_unreadable_file_is_named_or_skipped(tree, classifier, tmp_path, capsys):

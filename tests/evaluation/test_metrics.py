@@ -8,6 +8,7 @@ from vmoe.evaluation.metrics import (
     expected_calibration_error,
     ranks,
     right_classes,
+    separation,
     share_within,
     top_shares,
 )
@@ -94,3 +95,14 @@ def test_accuracy_per_class_by_hand():
     assert counts.tolist() == [2, 0, 1, 0]
     assert accuracy[[0, 2]].tolist() == [0.5, 1.0]
     assert accuracy[[1, 3]].isnan().all()
+
+
+def test_confidences_tell_images_of_the_data_from_others():
+    from sklearn.metrics import roc_auc_score
+
+    inside, outside = torch.rand(200).round(decimals=2) + 0.2, torch.rand(100).round(decimals=2)
+    found = separation(inside, outside)
+    labels = torch.cat([torch.ones(200), torch.zeros(100)])
+    assert found["auroc"] == pytest.approx(roc_auc_score(labels, torch.cat([inside, outside])), abs=1e-6)
+    assert found["fpr95"] == pytest.approx((outside >= inside.sort().values[10]).float().mean().item())
+    assert separation(torch.ones(3), torch.zeros(5)) == {"auroc": 1.0, "fpr95": 0.0}

@@ -78,7 +78,8 @@ def _run(config: EvaluationConfig, console: Console | None) -> dict[str, Any]:
         loaded = load_model(checkpoint, "cpu", weights=weights[checkpoint], experts=config.experts)
         check_task(config, loaded, dataset)
     start = time.perf_counter()
-    entries, outcomes = zip(*(evaluate_checkpoint(config, *one, dataset, console) for one in weights.items()))
+    together = [weights] if config.ensemble else [{checkpoint: file} for checkpoint, file in weights.items()]
+    entries, outcomes = zip(*(evaluate_checkpoint(config, each, dataset, console) for each in together))
     results, spread = mean_and_spread([entry["results"] for entry in entries])
     # First: the metrics are shown even if the file cannot be written.
     print_table(f"{config.task} of {', '.join(config.checkpoints)}", results, spread, console)
@@ -119,7 +120,8 @@ def _check_files(config: EvaluationConfig, target: Path) -> None:
 
 def _tables(config: EvaluationConfig, target: Path) -> list[list[Path]]:
     """The tables that belong to a given output, of each checkpoint; those of several have numbers."""
-    count, endings = len(config.checkpoints), TABLES.get(config.task, ()) if config.output is not None else ()
+    count = 1 if config.ensemble else len(config.checkpoints)
+    endings = TABLES.get(config.task, ()) if config.output is not None else ()
     numbers = [f"_{number}" for number in range(1, count + 1)] if count > 1 else [""]
     return [[_beside(target, number + ending) for ending in endings] for number in numbers if endings]
 
@@ -155,28 +157,30 @@ def _write(
 
 
 def evaluate_checkpoint(
-    config: EvaluationConfig, checkpoint: str, file: Path, dataset: ImageDataset, console: Console
+    config: EvaluationConfig, weights: dict[str, Path], dataset: ImageDataset, console: Console
 ) -> tuple[dict[str, Any], Outcome]:
-    """What the report says of one checkpoint, whose weights are in `file`, and the outcome of its task."""
-    from vmoe.evaluation.loaded_model import load_model, weights_fingerprint
+    """What the report says of a checkpoint, given with its weights, or of several as an ensemble (then lists), and the
+    outcome of the task."""
+    from vmoe.evaluation.loaded_model import as_ensemble, load_model, weights_fingerprint
     from vmoe.evaluation.tasks import TASKS, check_task
     from vmoe.models.spec import model_spec
     from vmoe.moe.quantize import expert_bytes
 
-    loaded = load_model(checkpoint, config.device, config.precision, dataset.crop_pct, file, config.experts)
-    check_task(config, loaded, dataset)
-    outcome = TASKS[config.task](config, loaded, dataset, console)
-    spec = json.dumps(model_spec(loaded.model))  # an infinite factor is None, no limit: JSON has no infinity
-    entry = {
-        "checkpoint": checkpoint,
-        "weights": str(file),
-        "sha256": weights_fingerprint(file),
-        "model": json.loads(spec, parse_constant=lambda _: None),
-        "expert_bytes": expert_bytes(loaded.model),
-        "results": outcome.results,
-        "details": outcome.details,
+    how = (config.device, config.precision, dataset.crop_pct)
+    members = [load_model(checkpoint, *how, file, config.experts) for checkpoint, file in weights.items()]
+    for loaded in members:
+        check_task(config, loaded, dataset)
+    outcome = TASKS[config.task](config, as_ensemble(members) if config.ensemble else loaded, dataset, console)
+    about = {
+        "checkpoint": list(weights),
+        "weights": [str(file) for file in weights.values()],
+        "sha256": [weights_fingerprint(file) for file in weights.values()],
+        # An infinite factor is None, no limit: JSON has no infinity.
+        "model": [json.loads(json.dumps(model_spec(each.model)), parse_constant=lambda _: None) for each in members],
+        "expert_bytes": [expert_bytes(each.model) for each in members],
     }
-    return entry, outcome
+    entry = about if config.ensemble else {name: value for name, (value,) in about.items()}
+    return {**entry, "results": outcome.results, "details": outcome.details}, outcome
 
 
 def as_trained(config: EvaluationConfig, turned: list[bool]) -> EvaluationConfig:

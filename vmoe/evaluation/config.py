@@ -139,6 +139,10 @@ class EvaluationConfig:
             "linear_probe" and "knn": classifiers on frozen features. "capacity": accuracy, cost and speed at several
             expert capacities. "adversarial": accuracy under attack.
         data: The data to evaluate on.
+        ensemble: Several checkpoints are one ensemble, whose probabilities are the means of theirs (deep ensembles,
+            arXiv 1612.01474). Classification only.
+        ood_data: classification only: images of other kinds (without labels or with any), which the model should be
+            less sure of; gives "auroc" and "fpr95" (arXiv 1610.02136).
         train_data: few_shot, linear_probe and knn: the data that the classifier on the features learns from.
         loader: Batches and worker processes; on_bad "skip" skips and counts unreadable images.
         class_names: zero_shot, capacity and adversarial only: a shipped list ("imagenet", "cifar10", ...) or a UTF-8
@@ -163,6 +167,8 @@ class EvaluationConfig:
     ]
     data: SourceConfig = field(default_factory=SourceConfig)
     train_data: SourceConfig = field(default_factory=SourceConfig)
+    ensemble: bool = False
+    ood_data: SourceConfig = field(default_factory=SourceConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     class_names: str | None = None
     templates: list[str] | str | None = None
@@ -196,6 +202,11 @@ class EvaluationConfig:
 
         if self.loader.naflex is not None and self.task != "classification":
             raise ConfigError(f"loader.naflex is for task 'classification', and task is {self.task!r}; leave it out")
+        if self.task != "classification" and (self.ensemble or self.ood_data.type is not None):
+            name = "ensemble" if self.ensemble else "ood_data"
+            raise ConfigError(f"{name} is for task classification, and task is {self.task!r}; leave it out")
+        if self.ensemble and len(self.checkpoints) < 2:
+            raise ConfigError(f"ensemble needs several checkpoints, got {self.checkpoint}; leave it out")
         if self.task == "adversarial" and self.precision == "fp16":
             raise ConfigError("precision must be float32 or bf16 for task 'adversarial': in fp16 gradients vanish")
 

@@ -18,6 +18,7 @@ from vmoe.evaluation.inference import pick_device
 from vmoe.evaluation.zero_shot import Template, feature_scorer
 from vmoe.models.factory import create_model, find_weights, get_tokenizer, is_contrastive, preprocess_config
 from vmoe.models.serialization import read_pretrained_metadata
+from vmoe.models.vision import log_mean_probability
 from vmoe.moe import quantize_experts
 from vmoe.utils.config import ConfigError
 from vmoe.utils.printable import printable
@@ -85,6 +86,34 @@ def image_transform(
         raise ConfigError(f"loader.naflex needs a NaFlexVit of timm's, {known}, got {type(vit).__name__}: leave it out")
     patches = vit.embeds.patch_size, vit.embeds.channels_last
     return build_naflex(preprocess_config(model), augmentation, loader.naflex.seq_lens, *patches)
+
+
+class DeepEnsemble(nn.Module):
+    """Classifiers as one, with the interface of an ensemble of experts (`vmoe.models.vision.VisionMoE`)."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.models, self.ensemble_size, self.num_classes = nn.ModuleList(models), len(models), models[0].num_classes
+
+    def member_logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B · M, classes), those of an image next to each other."""
+        return torch.stack([model(images).float() for model in self.models], dim=1).flatten(0, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, classes), the log of the mean probability."""
+        return log_mean_probability(self.member_logits(images).unflatten(0, (-1, self.ensemble_size)))
+
+
+def as_ensemble(members: Sequence[LoadedModel]) -> LoadedModel:
+    """Loaded classifiers of the same classes as one; ValueError: they see images in different ways."""
+    first = members[0]
+    for other in members[1:]:
+        own, theirs = (preprocess_config(each.model) for each in (first, other))
+        if own != theirs or first.class_names != other.class_names:
+            what = "preprocessing" if own != theirs else "class names"
+            raise ValueError(f"{other.checkpoint} has another {what} than {first.checkpoint}: an ensemble needs one")
+    model = DeepEnsemble([each.model for each in members]).eval()
+    return first._replace(model=model, checkpoint=", ".join(each.checkpoint for each in members))
 
 
 def trained_on_turned(weights: str | Path) -> bool:

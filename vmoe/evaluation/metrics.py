@@ -7,6 +7,7 @@ not decide between equal inputs. A score that is NaN is never a hit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -84,6 +85,17 @@ def accuracies(ranks_N: Tensor, labels_N: Tensor, num_classes: int) -> dict[str,
 def rounded_mean(values_N: Tensor) -> float:
     """The mean, rounded to 1e-4: what is beyond that is rounding of the forward pass."""
     return round(float(values_N.double().mean()), 4)
+
+
+def separation(inside_N: Tensor, outside_N: Tensor) -> dict[str, float]:
+    """How well confidences tell images of the data from others (arXiv 1610.02136): "auroc", the probability that an
+    image of the data has the higher one (a tie counts half), and "fpr95", the share of the others that are at least as
+    confident as the 95% most confident images of the data."""
+    sorted_N = outside_N.double().sort().values
+    below_N, up_to_N = (torch.searchsorted(sorted_N, inside_N.double(), right=right) for right in (False, True))
+    least = inside_N.sort(descending=True).values[math.ceil(0.95 * len(inside_N)) - 1]
+    auroc = ((below_N + up_to_N).double() / 2).mean() / len(outside_N)
+    return {"auroc": round(auroc.item(), 6), "fpr95": round((outside_N >= least).double().mean().item(), 6)}
 
 
 def members_divergence(logits_BMC: Tensor) -> Tensor:

@@ -9,20 +9,27 @@ from dataclasses import replace
 import torch
 from rich.console import Console
 
-from vmoe.data import ImageDataset, eval_loader
+from vmoe.data import ImageDataset, build_dataset, eval_loader
 from vmoe.data.sources.folder import warn_of_text_order
 from vmoe.distributed.process_group import gather_lists
 from vmoe.evaluation.adversarial import evaluate_attacks
 from vmoe.evaluation.capacity import Score, sparse_image_layers, sweep_capacity, sweep_settings
 from vmoe.evaluation.capacity_report import flat_results, print_sweep, sweep_details
 from vmoe.evaluation.class_names import IMAGENET, class_columns
-from vmoe.evaluation.classification import Predictions, checked_logits, predict, select_columns, together
+from vmoe.evaluation.classification import (
+    Predictions,
+    checked_logits,
+    confidences,
+    predict,
+    select_columns,
+    together,
+)
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.confusion import MOST_CLASSES, confusion_matrix
 from vmoe.evaluation.few_shot import few_shot
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.loaded_model import LoadedModel, image_transform
-from vmoe.evaluation.metrics import accuracy_per_class
+from vmoe.evaluation.metrics import accuracy_per_class, separation
 from vmoe.evaluation.probe import knn, linear_probe
 from vmoe.evaluation.results_file import Outcome, Progress
 from vmoe.evaluation.retrieval import evaluate_retrieval, retrieval_loader
@@ -43,7 +50,13 @@ def classify(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDatase
     with evaluating(loaded.model, loaded.device, loaded.precision):
         score, batches = class_scores(config, loaded, dataset), Progress(loader, config.task, console)
         predictions = predict(score, batches, device=loaded.device, label_sets=dataset.label_sets)
-    return classification_outcome(predictions, dataset, loader.skipped_paths, config.output is not None)
+        found = {}
+        if config.ood_data.type is not None:
+            others = eval_loader(build_dataset(config.ood_data), loaded.transform, None, config.loader)
+            batches = Progress(others, "ood_data", console)
+            found = separation(predictions.confidence_N, confidences(score, batches, loaded.device))
+    outcome = classification_outcome(predictions, dataset, loader.skipped_paths, config.output is not None)
+    return outcome._replace(results=outcome.results | found)
 
 
 def class_scores(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset) -> Score:
