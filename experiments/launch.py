@@ -234,7 +234,8 @@ class Sweep:
         """Makes a run's folder, with what its worker is to do."""
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(folder / JOB) as temporary:
-            job = {"train": cell.arguments(self.output), "evaluate": cell.evaluations, "settings": cell.settings}
+            job = {"train": cell.arguments(self.output), "evaluate": cell.evaluations_in(self.output)}
+            job["settings"] = cell.settings
             temporary.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
 
     @staticmethod

@@ -37,7 +37,8 @@ WEIGHTS = ("model.pretrained", "train.distill.teacher")
 DEFAULTS = flat_settings(Config(output_dir="", task="classification"))
 
 
-# "command" (eval or inspect), its "arguments" but for the checkpoint, and the "digest" of what they say
+# "command" (eval or inspect), its "arguments" but for the checkpoint, the "digest" of what they say, and the run "with"
+# which it is made, if any
 Evaluation = dict[str, Any]
 
 
@@ -71,12 +72,14 @@ class Experiment:
         settings: Settings of train.py for all runs, over those of base: `optim.lr: 1e-3`.
         runs: {name: settings of train.py for this run}, over the common ones. `{run: NAME}` as a value (or in a
             list) is the folder of a run above it, with the same seed, and if it has the same grid, the same point of
-            it; `{run: NAME, file: FILE}` is a file in that. A run's own `grid` replaces the common one.
+            it; `{run: NAME, file: FILE}` is a file in that. A run's own `grid` replaces the common one. `reseed: N` is
+            added to its seeds: a second run of the same settings.
         grid: {setting: values}: each run is made with all combinations, and has them in its name.
         seeds: Each run is made with each of them.
         baseline: The run that others are compared with; of one with a grid, that at the same point of it.
         evaluate: {name: config of eval.py, or {config: NAME, runs: [NAMES], setting: value}}, for every finished run,
             or some (`runs` may have * and ?). Its metrics are called name/metric. Accuracy on data.val is always there.
+            `with: {RUN: OTHER}` evaluates a run together with one above it, of the same seed, as one ensemble.
             {config: inspect} is vmoe-inspect: the mean over the layers of what statistics.json has of each.
         metrics: Metrics of the table, the first one for the verdict. Higher is better, but for losses and errors.
             "A - B" is the difference of two; as the first one, the verdict is whether it differs from 0.
@@ -122,6 +125,7 @@ class Cell:
     evaluations: dict[str, Evaluation]
     settings: dict[str, Any] = field(default_factory=dict)  # what its result depends on, but for the seed
     needs: list[Cell] = field(default_factory=list)  # runs that are made before
+    reseed: int = 0  # added to the seed
 
     @property
     def name(self) -> str:
@@ -144,9 +148,17 @@ class Cell:
             for key, each in self.references.items()
         }
         paths = {key: each if isinstance(self.overrides[key], list) else each[0] for key, each in paths.items()}
-        for key, value in {**self.overrides, **paths, "seed": self.seed}.items():
+        for key, value in {**self.overrides, **paths, "seed": self.seed + self.reseed}.items():
             words += [f"--{key}", as_text(value)]
         return [*words, "--output_dir", str(self.folder(output))]
+
+    def evaluations_in(self, output: Path) -> dict[str, Evaluation]:
+        """The evaluations, with the folders of the runs that they are made with."""
+        folders = {one.run: str(one.folder(output)) for one in self.needs}
+        return {
+            name: {**one, "with": folders[one["with"]]} if "with" in one else one
+            for name, one in self.evaluations.items()
+        }
 
     def command(self) -> str:
         """The command line as a user types it in the checkout."""
@@ -234,11 +246,16 @@ def _plan(experiment: Experiment, name: str) -> list[Cell]:
     for seed in experiment.seeds:
         made: dict[str, Cell] = {}
         for run, overrides in runs.items():
-            made[run] = cell = Cell(name, run, seed, base, overrides, evaluations[run])
-            for key, other in ((key, one["run"]) for key, each in cell.references.items() for one in each):
-                if other == run or other not in made:
+            own = {key: value for key, value in overrides.items() if key != "reseed"}
+            cell = Cell(name, run, seed, base, own, evaluations[run], reseed=overrides.get("reseed", 0))
+            others = [(key, one["run"]) for key, each in cell.references.items() for one in each]
+            others += [(f"evaluate.{key}.with", one["with"]) for key, one in cell.evaluations.items() if "with" in one]
+            for key, other in others:
+                if other not in made:
                     raise ConfigError(f"runs.{run}: {key} is of run {other!r}, which is none of those above it")
-                cell.needs.append(made[other])
+                if made[other] not in cell.needs:
+                    cell.needs.append(made[other])
+            made[run] = cell
             cell.settings = _settings_of(cell)
         cells += made.values()
     folders = {cell.name: cell for cell in cells}
@@ -270,26 +287,33 @@ def _evaluations(experiment: Experiment, runs: Iterable[str]) -> dict[str, dict[
             if not chosen:
                 known = ", ".join(of_run)
                 raise ConfigError(f"runs must be a list of names, with * and ?, among {known}; got {patterns}")
-            evaluation = _evaluation(_flat({key: value for key, value in given.items() if key != "runs"}, "evaluate"))
+            partners = given.get("with", {})
+            if not isinstance(partners, dict) or not partners.keys() <= set(chosen):
+                raise ConfigError(f"with must be {{RUN: OTHER}} of runs that are evaluated, got {partners}")
+            settings = _flat({key: value for key, value in given.items() if key not in ("runs", "with")}, "evaluate")
+            of_run |= {run: of_run[run] | {name: _evaluation(settings, partners.get(run))} for run in chosen}
         except ConfigError as error:
             raise ConfigError(f"evaluate.{name}: {error}") from None
-        for run in chosen:
-            of_run[run][name] = evaluation
     return of_run
 
 
-def _evaluation(given: dict[str, Any]) -> Evaluation:
-    """An evaluation from its settings; ConfigError: one of them is wrong."""
+def _evaluation(given: dict[str, Any], partner: str | None = None) -> Evaluation:
+    """An evaluation from its settings, together with another run if there is one; ConfigError: one of them is wrong."""
+    if partner is not None:
+        given = {**given, "ensemble": True}
     command, kind, plain = "eval", EvaluationConfig, EvaluationConfig(checkpoint="", task="classification")
     if given["config"] == "inspect":
         command, kind, plain = "inspect", InspectConfig, InspectConfig(checkpoint="")
         given = {key: value for key, value in given.items() if key != "config"}
     words = [word for key, value in given.items() for word in (f"--{key}", as_text(value))]
-    settings = flatten(dataclasses.asdict(read_config(kind, [*words, "--checkpoint", "RUN"], "eval")))
+    checkpoint = "RUN" if partner is None else "[RUN, OTHER]"
+    settings = flatten(dataclasses.asdict(read_config(kind, [*words, "--checkpoint", checkpoint], "eval")))
     defaults = flatten(dataclasses.asdict(plain))  # a setting that a later version adds changes nothing
     free = ("checkpoint", "output", "output_dir", "device", "loader.num_workers", "data.path", "train_data.path")
+    free += ("ood_data.path",)
     matters = {key: value for key, value in settings.items() if defaults.get(key) != value and key not in free}
-    return {"command": command, "arguments": words, "digest": digest(matters)}
+    together = {} if partner is None else {"with": partner}
+    return {"command": command, "arguments": words, "digest": digest(matters | together), **together}
 
 
 def digest(content: Any) -> str:
@@ -370,6 +394,8 @@ def _settings_of(cell: Cell) -> dict[str, Any]:
         raise ConfigError(f"run {cell.run!r}: {error}") from None
     settings = result_settings(config)
     digests = {parent.run: digest(parent.settings) for parent in cell.needs}
+    if cell.reseed:
+        settings["reseed"] = cell.reseed
     for key, each in cell.references.items():
         named = (f"run {one['run']} ({digests[one['run']]}) {one.get('file', '')}".rstrip() for one in each)
         settings[key] = ", ".join(named)

@@ -86,7 +86,8 @@ def make_evaluations(folder: Path, wanted: dict[str, dict[str, Any]]) -> None:
         if measured["evaluations"].get(name, {}).get("digest") == one["digest"]:
             continue
         print(f"evaluation {name}", flush=True)
-        words = [*one["arguments"], "--checkpoint", str(folder)]
+        together = [str(folder), one["with"]] if "with" in one else str(folder)
+        words = [*one["arguments"], "--checkpoint", as_text(together)]
         found = inspect(folder, name, words) if one["command"] == "inspect" else run_eval(folder, name, words)
         measured["evaluations"][name] = {"digest": one["digest"], **found}
         write_json(measured, file)

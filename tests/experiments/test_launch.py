@@ -70,6 +70,26 @@ def test_a_list_of_runs_is_that_of_their_folders(lab):
     assert [parent.run for parent in later[-1].needs] == ["dense, lr=0.5", "b, lr=0.5", "c, lr=0.5"]
 
 
+def test_a_second_run_of_other_seeds_is_evaluated_with_the_first(lab):
+    runs = {"one": {}, "both": {"reseed": 100}}
+    test = {"config": "classification_folder", "data.path": "x", "with": {"both": "one"}}
+    one, both = load(lab.write(runs=runs, seeds=[7], baseline="one", evaluate={"test": test}))[1]
+    assert "--seed 107 --output_dir runs/experiments/lab/both-seed7" in both.command()
+    assert one.settings != both.settings
+    found = both.evaluations_in(lab.runs)["test"]
+    assert found["with"] == str(one.folder(lab.runs))
+    assert found["arguments"][-2:] == ["--ensemble", "true"]
+    assert both.needs == [one]
+    assert "with" not in one.evaluations["test"]
+    assert one.evaluations["test"]["digest"] != found["digest"]
+    for partners, sentence in (
+        ({"one": "both"}, "test.with is of run 'both', which is none of those above it"),
+        ({"ghost": "one"}, "evaluate.test: with must be {RUN: OTHER}"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            load(lab.write(runs=runs, baseline="one", evaluate={"test": {**test, "with": partners}}))
+
+
 def test_a_run_needs_the_same_point_of_the_grid(lab):
     runs = {**UPCYCLED, "longer": {"model.pretrained": {"run": "dense, lr=0.5"}, "grid": {}}}
     cells = load(lab.write(runs=runs, seeds=[0], grid={"optim.lr": [0.25, 0.5]}, baseline=None))[1]
