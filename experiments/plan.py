@@ -246,8 +246,10 @@ def _plan(experiment: Experiment, name: str) -> list[Cell]:
     for seed in experiment.seeds:
         made: dict[str, Cell] = {}
         for run, overrides in runs.items():
-            own = {key: value for key, value in overrides.items() if key != "reseed"}
-            cell = Cell(name, run, seed, base, own, evaluations[run], reseed=overrides.get("reseed", 0))
+            own = dict(overrides)
+            if type(reseed := own.pop("reseed", 0)) is not int:
+                raise ConfigError(f"runs.{run}: reseed must be a whole number, got {reseed!r}")
+            cell = Cell(name, run, seed, base, own, evaluations[run], reseed=reseed)
             others = [(key, one["run"]) for key, each in cell.references.items() for one in each]
             others += [(f"evaluate.{key}.with", one["with"]) for key, one in cell.evaluations.items() if "with" in one]
             for key, other in others:

@@ -9,6 +9,7 @@ Shapes, by suffix: B images, of an ensemble all their copies, T tokens, C classe
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,13 +65,13 @@ def read_superclasses(source: str, classes: Sequence[str], number: int) -> list[
 
 def _confusion(text: str, classes: Sequence[str]) -> Tensor:
     """The matrix of a table that eval.py wrote."""
-    header, *rows = list(csv.reader(text.splitlines())) or [[]]
+    header, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
     if header[:1] != ["class"] or [row[:1] for row in rows] != [[name] for name in header[1:]]:
         raise ValueError("is no confusion matrix of eval.py, whose rows and columns are the same classes")
     check_same_classes(SOURCE, header[1:], "data.train", classes)
     try:
-        return torch.tensor([[int(count) for count in row[1:]] for row in rows])
-    except (ValueError, TypeError):
+        return torch.tensor([[int(count) for count in row[1:]] for row in rows]).view(len(rows), len(rows))
+    except (ValueError, RuntimeError):  # no numbers, or rows of other lengths
         raise ValueError("is no confusion matrix of eval.py: a count is missing or no whole number") from None
 
 
