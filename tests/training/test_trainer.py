@@ -27,6 +27,7 @@ from vmoe.training.tasks import Classification
 from vmoe.training.trainer import Prefetch, Stopped, locked_folder, train
 from vmoe.utils.config import ConfigError
 
+NAFLEX = {"data.loader.naflex.seq_lens": "[2, 6]", "data.loader.naflex.tokens_per_batch": 36}
 TIMES = ("images_per_second", "data_wait_share")
 
 
@@ -86,14 +87,7 @@ def same_weights(first, second):
         ),
         ("contrastive", {"train.accumulate_steps": 2, "train.eval_every": 4}),
         ("classification", {"optim.name": "muon"}),
-        (
-            "classification",
-            {
-                "model.name": "vmoe_naflex_tiny_patch8",
-                "data.loader.naflex.seq_lens": "[2, 6]",
-                "data.loader.naflex.tokens_per_batch": 36,
-            },
-        ),
+        ("classification", {"model.name": "vmoe_naflex_tiny_patch8", **NAFLEX}),
         ("contrastive", {"lora.targets": '["attention", "experts"]', "train.ema_decay": 0.9}),
     ],
 )

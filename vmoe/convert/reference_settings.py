@@ -70,6 +70,7 @@ def _image(model: nn.Module, group_size: int | None, prefix: str = "") -> dict[s
     _need(pool in _CLASSIFIERS, f"global_pool={model.global_pool!r} with class_token={has_class}")
     _need(not (model.no_embed_class and has_class), "no_embed_class=True")
     _need(isinstance(model.norm, nn.LayerNorm), "no norm before the pooling")
+    _need(getattr(model, "rope", None) is None, "pos_embed='rope'")
     _need(patches.proj.in_channels == 3, f"in_chans={patches.proj.in_channels}")
     representation = getattr(model, "pre_logits", None)
     if is_ensemble := getattr(model, "ensemble_size", 1) > 1:

@@ -361,7 +361,7 @@ class EvalLoader(_Loader):
         rank, num_processes = world()
         starts = range(0, len(self.indices), self.config.batch_size)[rank::num_processes]
         batches = [tuple(self.indices[start : start + self.config.batch_size]) for start in starts]
-        seq_len = self.reader.naflex and self.reader.naflex.longest
+        seq_len = self.reader.naflex and max(self.reader.naflex.by_length)
         return [BatchKey(indices, (0,) * len(indices), seq_len) for indices in batches]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:

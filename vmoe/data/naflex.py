@@ -22,11 +22,6 @@ class NaFlexTransform:
     by_length: dict[int, Transform]
     patchify: Patchify
 
-    @property
-    def longest(self) -> int:
-        """The sequence length of evaluations."""
-        return max(self.by_length)
-
     def check(self, image: Image.Image | np.ndarray, path: str) -> None:
         """BadSample: the image, or array (H, W, 3), is smaller than a patch."""
         width, height = image.size if isinstance(image, Image.Image) else image.shape[1::-1]

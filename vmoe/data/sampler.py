@@ -159,26 +159,22 @@ class NaFlexBatches:
     """
 
     def __init__(self, shuffle: Shuffle, sizes: Mapping[int, int], seed: int) -> None:
-        self.shuffle, self.sizes, self.seed = shuffle, sizes, seed
+        self.shuffle, self.seed = shuffle, seed
         most = shuffle.size // min(sizes.values())
         generator = torch.Generator().manual_seed(derive_seed(seed, most))
-        drawn = torch.randint(len(sizes), (most,), generator=generator).numpy()
-        ends = np.asarray(list(sizes.values()))[drawn].cumsum()
-        self.steps_per_epoch = int(ends.searchsorted(shuffle.size, side="right"))
-        self.lengths = np.asarray(list(sizes))[drawn[: self.steps_per_epoch]]
-        self.batch_size = float(ends[self.steps_per_epoch - 1]) / self.steps_per_epoch  # the mean
-        self._epoch: tuple[int | None, np.ndarray, np.ndarray] = (None, self.lengths, ends)
+        drawn = np.asarray(list(sizes.items()))[torch.randint(len(sizes), (most,), generator=generator).numpy()]
+        self.steps_per_epoch = steps = int(drawn[:, 1].cumsum().searchsorted(shuffle.size, side="right"))
+        self.drawn = drawn[:steps]  # (steps, 2) sequence lengths and batch sizes
+        self.batch_size = float(self.drawn[:, 1].mean())
 
     def batch(self, step: int) -> BatchKey:
         """The batch of a step (from 0, without end)."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        if self._epoch[0] != epoch:
-            lengths = self.lengths[_permutation(self.steps_per_epoch, self.seed, epoch, self.steps_per_epoch)]
-            self._epoch = epoch, lengths, np.cumsum([self.sizes[length] for length in lengths.tolist()])
-        _, lengths, ends = self._epoch
-        length, stop = int(lengths[position]), int(ends[position])
-        indices = self.shuffle.indices(epoch, stop - self.sizes[length], stop)
-        return BatchKey(tuple(indices.tolist()), (epoch,) * len(indices), length)
+        order = _permutation(self.steps_per_epoch, self.seed, epoch, self.steps_per_epoch)[: position + 1]
+        lengths, sizes = self.drawn[order].T
+        stop = int(sizes.sum())
+        indices = self.shuffle.indices(epoch, stop - int(sizes[-1]), stop)
+        return BatchKey(tuple(indices.tolist()), (epoch,) * len(indices), int(lengths[-1]))
 
 
 def _permutation(size: int, *seed: int) -> np.ndarray:

@@ -41,7 +41,7 @@ class SynchronizedBatches:
     """The batches of a loader, in step with the loaders of the other processes; with one process, just the batches.
 
     If the model is sharded, all processes get equally many batches. One that has none left gets a blank one,
-    {"image": zeros}, without the other keys. If one process cannot read its batch, all raise SharedError.
+    {"image": ones}, without the other keys. If one process cannot read its batch, all raise SharedError.
     """
 
     def __init__(self, loader: Iterable[dict[str, Tensor]], model: nn.Module) -> None:
@@ -63,7 +63,7 @@ class SynchronizedBatches:
                 batch = next(batches, None)
             except Exception as error:  # raised in all processes, which would wait for this one otherwise
                 failure = error
-            blank = None if batch is None else tree_map(lambda part: part[:1].to("meta"), batch["image"])
+            blank = batch and tree_map(lambda part: part[:1].to("meta"), batch["image"])
             facts = gather_lists([(failure and str(failure), blank)])
             for message, _ in facts:
                 if message is not None:
@@ -74,9 +74,7 @@ class SynchronizedBatches:
             if batch is not None:
                 yield batch
             elif self.blanks:
-                # Zeros, and where patches are marked as real, true.
-                blank = tree_map(lambda part: torch.full_like(part, part.dtype == torch.bool, device="cpu"), blanks[0])
-                yield {"image": blank}
+                yield {"image": tree_map(lambda part: torch.ones_like(part, device="cpu"), blanks[0])}
 
 
 def equal_shares(parts: list[Any], model: nn.Module) -> list[tuple[Any, bool]]:

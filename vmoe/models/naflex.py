@@ -7,6 +7,7 @@ timm's NaFlex loader and transforms make it; plain images (B, 3, H, W) are taken
 Shapes, by suffix: B batch, N patches, padding included, T prefix tokens + N, D width.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -80,12 +81,10 @@ class PaddedEmbeds(NaFlexEmbeds):
 
     def _check_size(self, height: int, width: int) -> None:
         rows, columns = self.patch_size
-        if height < rows or width < columns:
-            problem = f"an image of {width} x {height} pixels is smaller than a patch ({columns} x {rows})"
-            raise ValueError(f"{problem}: enlarge it or leave it out")
-        if not self.dynamic_img_pad and (height % rows or width % columns):
-            problem = f"images must consist of whole patches of {columns} x {rows} pixels, got {width} x {height}"
-            raise ValueError(f"{problem}: resize them, or set dynamic_img_pad")
+        small = height < rows or width < columns
+        if small or (not self.dynamic_img_pad and (height % rows or width % columns)):
+            problem = "is smaller than a patch" if small else "does not consist of whole patches"
+            raise ValueError(f"an image of {width} x {height} pixels {problem} ({columns} x {rows}): resize it")
 
 
 # timm's classes, and what they become in a model with experts.
@@ -137,10 +136,11 @@ class NaFlexVisionMoE(NaFlexVit):
             kwargs |= {"rope_type": "axial", "rope_temperature": pos_temperature}
         super().__init__(pos_embed={"rope": "none", "learn": "learned"}.get(pos_embed, pos_embed), **kwargs)
         chosen = sparse_blocks(moe_layers, len(self.blocks)) if routing["num_experts"] else ()
-        rows, columns = self.embeds.pos_embed_grid_size or (16, 16)
-        for index in chosen:
-            block = self.blocks[index]
-            block.mlp = self._experts(block.mlp, rows * columns + self.num_prefix_tokens, routing)
+        num_tokens = math.prod(self.embeds.pos_embed_grid_size or (16, 16)) + self.num_prefix_tokens
+        for block in (self.blocks[index] for index in chosen):
+            fc1, style = block.mlp.fc1, {"act_layer": type(block.mlp.act), "drop": block.mlp.drop1.p}
+            style |= {"bias": fc1.bias is not None, "device": fc1.weight.device, "dtype": fc1.weight.dtype}
+            block.mlp = SparseMoE(fc1.in_features, fc1.out_features, num_tokens=num_tokens, **style, **routing)
         pass_padding_on(self)
         if pos_embed == "rope":
             check_rotation(self.blocks[0].attn.head_dim, pos_temperature)
@@ -155,13 +155,6 @@ class NaFlexVisionMoE(NaFlexVit):
         if patch_coord is not None and patch_valid is not None:  # the largest coordinates are the size of the grid
             patch_coord = patch_coord * patch_valid[..., None]
         return super()._forward_embeds(x, patch_coord, patch_valid, attn_mask)
-
-    def _experts(self, mlp: nn.Module, num_tokens: int, routing: dict) -> SparseMoE:
-        """Experts of the sizes of a dense MLP."""
-        style = {"act_layer": type(mlp.act), "drop": mlp.drop1.p, "num_tokens": num_tokens}
-        weight, bias = mlp.fc1.weight, mlp.fc1.bias is not None
-        like = {"device": weight.device, "dtype": weight.dtype}
-        return SparseMoE(weight.shape[1], mlp.fc2.weight.shape[1], bias=bias, **style, **like, **routing)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

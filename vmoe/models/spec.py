@@ -46,7 +46,7 @@ def build_dense(spec: dict) -> nn.Module:
     try:
         model = _construct(name, kwargs)
     except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        unknown = re.search(r"unexpected keyword argument(?:\(s\): \[| )'(\w+)'", str(error))
         if unknown is None:
             raise ValueError(f"model {name!r} does not take these settings ({sorted(kwargs)}): {error}") from error
         raise ValueError(f"model {name!r} has no setting {unknown[1]!r}{_advice(name, kwargs, unknown[1])}") from error

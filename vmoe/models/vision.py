@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.layers import AttentionRope, Mlp, create_rope_embed
@@ -121,19 +121,13 @@ def check_rotation(head_dim: int, temperature: float) -> None:
         raise ValueError(f"pos_temperature must be > 0, got {temperature}")
 
 
-class Rotated(NamedTuple):
-    """What timm's blocks hand on to `RotaryAttention` as their `attn_mask`."""
-
-    rope_P2d: Tensor  # sines and cosines of the patches, for heads of width d
-    mask: Tensor | None
-
-
 class RotaryAttention(AttentionRope):
-    """timm's attention with rotary positions (RoPE, arXiv 2403.13298), where its blocks hand on a mask alone."""
+    """timm's attention with rotary positions (RoPE, arXiv 2403.13298). timm's blocks hand on a mask alone, which here
+    is (sines and cosines of P patches for heads of width d, (P, 2d); mask or None)."""
 
-    def forward(self, x: Tensor, attn_mask: Rotated, is_causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, attn_mask: tuple[Tensor, Tensor | None], is_causal: bool = False) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        return super().forward(x, attn_mask.rope_P2d, attn_mask.mask, is_causal)
+        return super().forward(x, *attn_mask, is_causal)
 
 
 def _check_arguments(pos_embed: str, first_patch: bool, kwargs: dict) -> None:
@@ -311,11 +305,11 @@ class VisionMoE(VisionTransformer):
             x = x + positions_1PD.view(1, *x.shape[1:]).to(x.dtype)
         return self.pos_drop(super()._pos_embed(x))
 
-    def _rotated(self, x: Tensor, mask: Tensor | None) -> Tensor | Rotated | None:
-        """What the blocks get as mask for images x (B, 3, H, W)."""
+    def _rotated(self, x: Tensor, mask: Tensor | None) -> Any:
+        """What the blocks get as mask for images x (B, 3, H, W), see `RotaryAttention`."""
         if self.rope is None:
             return mask
-        return Rotated(self.rope.get_embed(self.patch_embed.dynamic_feat_size(x.shape[-2:])), mask)
+        return self.rope.get_embed(self.patch_embed.dynamic_feat_size(x.shape[-2:])), mask
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         about = self._rotated(x, attn_mask)

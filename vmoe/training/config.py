@@ -388,10 +388,10 @@ class Config:
     def _naflex_conflicts(self, contrastive: bool, mixes: Any) -> Iterator[tuple[str, Any]]:
         naflex, augmentation = self.data.loader.naflex is not None, self.data.augmentation
         yield "data.loader.naflex needs task 'classification'; leave it out", naflex and contrastive
-        whole = "takes images of one size, which data.loader.naflex has not; leave one of them out"
-        yield f"data.augmentation.mixup or cutmix {whole}", naflex and mixes
-        yield f"data.augmentation.crop_padding {whole}", naflex and augmentation.crop_padding is not None
-        yield f"train.distill {whole}", naflex and self.train.distill.teacher is not None
+        others = {"data.augmentation.mixup or cutmix": mixes, "train.distill": self.train.distill.teacher}
+        others["data.augmentation.crop_padding"] = augmentation.crop_padding is not None
+        for key, given in others.items():
+            yield f"{key} needs images of one size, and data.loader.naflex has others; leave it out", naflex and given
 
     def _lora_conflicts(self, sharded: bool) -> Iterator[tuple[str, Any]]:
         yield (
