@@ -24,6 +24,7 @@ TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads
         ({"qkv_bias": False}, r"no blocks\.0\.attn\.qkv\.bias, which it needs"),
         ({"pre_norm": True}, "norm_pre.bias, which the reference does not have"),
         ({"in_chans": 1}, "in_chans=1"),
+        ({"pos_embed": "rope"}, "pos_embed='rope'"),
         ({"class_token": False, "global_pool": "avg"}, "no norm before the pooling"),
     ],
 )
