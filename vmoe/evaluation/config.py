@@ -139,10 +139,6 @@ class EvaluationConfig:
             "linear_probe" and "knn": classifiers on frozen features. "capacity": accuracy, cost and speed at several
             expert capacities. "adversarial": accuracy under attack.
         data: The data to evaluate on.
-        ensemble: Several checkpoints are one ensemble, whose probabilities are the means of theirs (deep ensembles,
-            arXiv 1612.01474). Classification only.
-        ood_data: classification only: images of other kinds (without labels or with any), which the model should be
-            less sure of; gives "auroc" and "fpr95" (arXiv 1610.02136).
         train_data: few_shot, linear_probe and knn: the data that the classifier on the features learns from.
         loader: Batches and worker processes; on_bad "skip" skips and counts unreadable images.
         class_names: zero_shot, capacity and adversarial only: a shipped list ("imagenet", "cifar10", ...) or a UTF-8
@@ -153,6 +149,10 @@ class EvaluationConfig:
         features: Tasks on frozen features.
         capacity: Task "capacity".
         adversarial: Task "adversarial".
+        ensemble: Several checkpoints are one ensemble, whose probabilities are the means of theirs (deep ensembles,
+            arXiv 1612.01474). "classification" only.
+        ood_data: "classification" only: images of other kinds (without labels or with any), which the model should be
+            less sure of; gives "auroc" and "fpr95" (arXiv 1610.02136).
         precision: Precision of the forward pass: float32, or autocast to bf16 or fp16.
         experts: Type of the experts' weights in memory, see docs/inference.md; null: as in the checkpoint.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device such as "cuda:1".
@@ -167,14 +167,14 @@ class EvaluationConfig:
     ]
     data: SourceConfig = field(default_factory=SourceConfig)
     train_data: SourceConfig = field(default_factory=SourceConfig)
-    ensemble: bool = False
-    ood_data: SourceConfig = field(default_factory=SourceConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     class_names: str | None = None
     templates: list[str] | str | None = None
     features: FeatureConfig = field(default_factory=FeatureConfig)
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    ensemble: bool = False
+    ood_data: SourceConfig = field(default_factory=SourceConfig)
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     experts: Literal["int8", "bfloat16"] | None = None
     device: str = "auto"
