@@ -79,6 +79,15 @@ def test_one_sort_is_the_plain_order(data):
     assert torch.equal(plan.row_A[plan.assignment_R], torch.arange(len(rows)))
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-3)])
+def test_many_terms_are_not_rounded_one_by_one(dtype, error):
+    torch.manual_seed(0)
+    plan = plan_dispatch(top_k_experts(torch.randn(1, 64, 16).softmax(-1), 8), 16)
+    x, weights = torch.randn(1, 64, 32, dtype=dtype), torch.rand(1, 64, 8, dtype=dtype)
+    found, exact = combine(dispatch(x, plan), weights, plan), x.double() * weights.double().sum(-1, keepdim=True)
+    assert (found - exact).square().mean().sqrt() <= error * exact.square().mean().sqrt()
+
+
 def test_gradients_of_dispatch_and_combine():
     torch.manual_seed(0)
     gates = torch.randn(2, 7, 3, dtype=torch.float64).softmax(-1)

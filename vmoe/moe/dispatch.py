@@ -272,10 +272,12 @@ def combine(y_RD: Tensor, combine_weights_GNK: Tensor, plan: DispatchPlan) -> Te
 
 @transformable
 class _WeightedSum(torch.autograd.Function):
-    """y_s = sum_k w_sk · y_sk: (S, K, D), (S, K) -> (S, D), without memory for the products."""
+    """y_s = sum_k w_sk · y_sk: (S, K, D), (S, K) -> (S, D), in float32 without memory for the products."""
 
     @staticmethod
     def forward(y_SKD: Tensor, weight_SK: Tensor) -> Tensor:
+        if y_SKD.element_size() < 4:  # `sum` adds in float32; one by one, each addition would be rounded
+            return (y_SKD * weight_SK[..., None]).sum(1)
         sum_SD = y_SKD[:, 0] * weight_SK[:, :1]
         for k in range(1, y_SKD.shape[1]):
             sum_SD.addcmul_(y_SKD[:, k], weight_SK[:, k, None])
