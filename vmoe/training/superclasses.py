@@ -70,9 +70,12 @@ def _confusion(text: str, classes: Sequence[str]) -> Tensor:
         raise ValueError("is no confusion matrix of eval.py, whose rows and columns are the same classes")
     check_same_classes(SOURCE, header[1:], "data.train", classes)
     try:
-        return torch.tensor([[int(count) for count in row[1:]] for row in rows]).view(len(rows), len(rows))
+        confusion_CC = torch.tensor([[int(count) for count in row[1:]] for row in rows]).view(len(rows), len(rows))
     except (ValueError, RuntimeError):  # no numbers, or rows of other lengths
         raise ValueError("is no confusion matrix of eval.py: a count is missing or no whole number") from None
+    if (confusion_CC < 0).any():
+        raise ValueError("is no confusion matrix of eval.py: a count is negative")
+    return confusion_CC
 
 
 def _given(of_class: object, classes: Sequence[str], number: int) -> list[int]:
