@@ -45,6 +45,7 @@ COSTS = {
     "images/s": ("images_per_second", 1, ".0f", ""),
     "minutes": ("train_seconds", 1 / 60, ".1f", ""),
 }
+SHORT_COSTS = ("parameters", "active", "GFLOPs")
 
 
 def page(results: Sequence[Results]) -> str:
@@ -86,6 +87,10 @@ def readme_with_tables(text: str, results: Sequence[Results]) -> str:
     known = {one.name: one for one in results}
 
     def between(found: re.Match) -> str:
+        if found[2] not in known:
+            raise ValueError(
+                f"{README.name}: no experiment is called {found[2]!r}; a mark names a file of experiments/"
+            )
         one = known[found[2]]
         said = prose(f"{one.experiment.question} {verdict(one)}")
         return f"{found[1]}{said}\n\n{table(one, short=True)}\n\n{found[3]}"
@@ -105,7 +110,7 @@ def table(results: Results, short: bool = False) -> str:
         columns.append([f"difference to {base}", *shown])
         tests = [results.image_test(run) for run in results.runs]
         columns += [] if short else [["p, images", *("" if p is None else show_p(p) for p in tests)]]
-    for name in list(COSTS)[: 3 if short else None]:
+    for name in SHORT_COSTS if short else COSTS:
         columns.append([name, *(cost(results, run, *COSTS[name]) for run in results.runs)])
     head, *lines = zip(*columns, strict=True)
     rule = ["---", *["---:"] * (len(head) - 1)]

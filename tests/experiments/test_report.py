@@ -275,3 +275,5 @@ def test_the_readme_gets_a_short_table_between_its_marks(lab, tmp_path):
     file.write_text(text)
     assert report.check({file: text}, lab.page, []) == 0
     assert report.check({file: text + " "}, lab.page, []) == 1
+    with pytest.raises(ValueError, match="no experiment is called 'other'; a mark names a file of experiments/"):
+        report.readme_with_tables(text.replace("results of lab", "results of other"), results)
