@@ -75,7 +75,9 @@ def _run(config: EvaluationConfig, console: Console | None) -> dict[str, Any]:
     _check_output(config, rank)
     dataset = build_dataset(config.data)
     for checkpoint in config.checkpoints[1:]:  # a wrong one is found before the first is evaluated
-        loaded = load_model(checkpoint, "cpu", weights=weights[checkpoint], experts=config.experts)
+        loaded = load_model(
+            checkpoint, "cpu", weights=weights[checkpoint], experts=config.experts, loader=config.loader
+        )
         check_task(config, loaded, dataset)
     start = time.perf_counter()
     together = [weights] if config.ensemble else [{checkpoint: file} for checkpoint, file in weights.items()]
@@ -166,8 +168,8 @@ def evaluate_checkpoint(
     from vmoe.models.spec import model_spec
     from vmoe.moe.quantize import expert_bytes
 
-    how = (config.device, config.precision, dataset.crop_pct)
-    members = [load_model(checkpoint, *how, file, config.experts) for checkpoint, file in weights.items()]
+    how, more = (config.device, config.precision, dataset.crop_pct), (config.experts, config.loader)
+    members = [load_model(checkpoint, *how, file, *more) for checkpoint, file in weights.items()]
     for loaded in members:
         check_task(config, loaded, dataset)
     outcome = TASKS[config.task](config, as_ensemble(members) if config.ensemble else loaded, dataset, console)

@@ -113,6 +113,11 @@ def together(scores: Tensor) -> Tensor:
     return log_mean_probability(scores) if scores.ndim == 3 else scores
 
 
+def images_on(device: torch.device | str, batch: dict[str, Any]) -> Any:
+    """The images of a loader's batch on a device: a tensor, or the dict of a `NaFlexTransform`."""
+    return tree_map(lambda part: part.to(device), batch["image"])
+
+
 def predict(
     score: Callable[[Tensor], Tensor],
     loader: Iterable[dict[str, Tensor]],
@@ -128,7 +133,7 @@ def predict(
     """
     rows, num_classes, num_rows = Rows(), 0, 0
     for batch in loader:
-        scores = score(tree_map(lambda image: image.to(device), batch["image"]))
+        scores = score(images_on(device, batch))
         scores_BC = together(scores)
         num_classes = scores_BC.shape[1]
         if "label" not in batch:
@@ -154,7 +159,7 @@ def confidences(score: Callable[[Tensor], Tensor], loader: Iterable[dict[str, Te
     """(N,) the largest probability of each image of a loader, of all processes, on the CPU; `score` as of `predict`."""
     rows, count = Rows(), 0
     for batch in loader:
-        confidence_B = together(score(batch["image"].to(device))).softmax(dim=1).amax(dim=1)
+        confidence_B = together(score(images_on(device, batch))).softmax(dim=1).amax(dim=1)
         if "index" in batch or "label" in batch:  # a blank batch, without them, only keeps step with other processes
             rows.add(batch.get("index", torch.arange(count, count + len(confidence_B))), confidence_N=confidence_B)
             count += len(confidence_B)

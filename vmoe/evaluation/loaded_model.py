@@ -29,7 +29,7 @@ class LoadedModel(NamedTuple):
 
     model: nn.Module  # in eval(), on `device`
     tokenizer: Callable[[list[str]], Tensor] | None  # list of texts -> tokens (B, L); None for a classifier
-    transform: Transform  # PIL image -> (3, H, W), as the model expects it
+    transform: Transform | NaFlexTransform  # PIL image -> (3, H, W), as the model expects it, or images -> patches
     device: torch.device
     precision: str  # "float32", "bf16" or "fp16" (autocast)
     checkpoint: str  # folder or file, as the user gave it
@@ -56,12 +56,14 @@ def load_model(
     crop_pct: float | None = None,
     weights: Path | None = None,
     experts: str | None = None,
+    loader: LoaderConfig | None = None,
 ) -> LoadedModel:
     """Loads a checkpoint: the folder of a run (its newest) or of a checkpoint, or a .safetensors file.
 
     `crop_pct` is the share of the image's side that the transform keeps, `weights` what `find_weights` finds for the
-    checkpoint, `experts` the type of `vmoe.quantize_experts`; None: as the checkpoint has them. ValueError: no such
-    checkpoint or device, or a file that cannot be used or has no experts to quantize.
+    checkpoint, `experts` the type of `vmoe.quantize_experts`; None: as the checkpoint has them. `loader` says whether
+    the model sees patches (`loader.naflex`). ValueError: no such checkpoint or device, or a file that cannot be used,
+    has no experts to quantize or takes no patches.
     """
     torch_device = pick_device(device)
     weights = find_weights(checkpoint) if weights is None else weights
@@ -70,22 +72,26 @@ def load_model(
         quantize_experts(model, experts)
     model = model.to(torch_device).eval()
     tokenizer = get_tokenizer(model) if is_contrastive(model) else None
-    own_crop = {} if crop_pct is None else {"crop_pct": crop_pct}
-    transform, turned = build_transform(preprocess_config(model) | own_crop, None), trained_on_turned(weights)
+    transform = image_transform(model, loader, crop_pct=crop_pct)
+    turned = trained_on_turned(weights)
     return LoadedModel(model, tokenizer, transform, torch_device, precision, checkpoint, weights, turned)
 
 
 def image_transform(
-    model: nn.Module, loader: LoaderConfig, augmentation: AugmentationConfig | None = None
+    model: nn.Module,
+    loader: LoaderConfig | None,
+    augmentation: AugmentationConfig | None = None,
+    crop_pct: float | None = None,
 ) -> Transform | NaFlexTransform:
-    """How images reach a model from a loader; ConfigError: its images are patches, and the model takes none."""
-    if loader.naflex is None:
-        return build_transform(preprocess_config(model), augmentation)
+    """How images reach a model from a loader, arguments as of `load_model`; ConfigError: the model takes no patches."""
+    preprocess = preprocess_config(model) | ({} if crop_pct is None else {"crop_pct": crop_pct})
+    if loader is None or loader.naflex is None:
+        return build_transform(preprocess, augmentation)
     if not isinstance(vit := unwrap_model(model), NaFlexVit):
         known = "such as vmoe_naflex_base_patch16 or an upcycled naflexvit_base_patch16_gap"
         raise ConfigError(f"loader.naflex needs a NaFlexVit of timm's, {known}, got {type(vit).__name__}: leave it out")
     patches = vit.embeds.patch_size, vit.embeds.channels_last
-    return build_naflex(preprocess_config(model), augmentation, loader.naflex.seq_lens, *patches)
+    return build_naflex(preprocess, augmentation, loader.naflex.seq_lens, *patches)
 
 
 class DeepEnsemble(nn.Module):

@@ -28,7 +28,7 @@ from vmoe.evaluation.config import EvaluationConfig
 from vmoe.evaluation.confusion import MOST_CLASSES, confusion_matrix
 from vmoe.evaluation.few_shot import few_shot
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.loaded_model import LoadedModel, image_transform
+from vmoe.evaluation.loaded_model import LoadedModel
 from vmoe.evaluation.metrics import accuracy_per_class, separation
 from vmoe.evaluation.probe import knn, linear_probe
 from vmoe.evaluation.results_file import Outcome, Progress
@@ -45,8 +45,7 @@ logger = logging.getLogger("vmoe.evaluation")
 
 def classify(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, console: Console) -> Outcome:
     """Tasks "classification" and "zero_shot": accuracy and calibration, also of each class and condition."""
-    transform = loaded.transform if config.loader.naflex is None else image_transform(loaded.model, config.loader)
-    loader = eval_loader(dataset, transform, None, config.loader)
+    loader = eval_loader(dataset, loaded.transform, None, config.loader)
     with evaluating(loaded.model, loaded.device, loaded.precision):
         score, batches = class_scores(config, loaded, dataset), Progress(loader, config.task, console)
         predictions = predict(score, batches, device=loaded.device, label_sets=dataset.label_sets)
