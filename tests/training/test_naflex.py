@@ -1,5 +1,8 @@
 """Training and evaluation at native resolution, on images of several shapes."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from vmoe.data.dataset import ImageFiles
 from vmoe.data.naflex import build_naflex
 from vmoe.data.sampler import NaFlexBatches, ShuffledSamples
 from vmoe.evaluation.config import EvaluationConfig
+from vmoe.evaluation.results_file import output_file
 from vmoe.training.trainer import train
 
 SIZES = [(40, 16), (16, 40), (24, 24), (9, 33), (31, 12), (64, 8)]
@@ -43,6 +47,23 @@ def test_train_and_evaluate(config_of, photos):
     settings = {"data": photos, "loader": LOADER, "device": "cpu", "ood_data": photos}
     same_data = {"auroc": 0.5, "fpr95": 1.0}
     assert evaluate(EvaluationConfig(config.output_dir, "classification", **settings))["results"] == result | same_data
+
+
+def test_a_result_of_another_sequence_length_has_another_file(photos, tmp_path):
+    """The longest sequence counts; a file that knows no naflex is of none."""
+
+    def written(naflex, old=False):
+        config = EvaluationConfig(str(tmp_path), "classification", photos, loader=LoaderConfig(naflex=naflex))
+        settings, file = dataclasses.asdict(config), output_file(config)
+        if old:
+            del settings["loader"]["naflex"]
+        file.write_text(json.dumps({"config": settings}))
+        return file
+
+    runs = [(None, True), (NaFlexConfig([6], 36),), (NaFlexConfig([6, 12], 36),), (NaFlexConfig([12], 99),), (None,)]
+    first, second, third, again, plain = (written(*run) for run in runs)
+    assert len({first, second, third}) == 3
+    assert (again, plain) == (third, first)
 
 
 def test_batches_of_patches_at_an_exact_position(photos):

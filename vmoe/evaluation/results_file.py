@@ -118,7 +118,8 @@ def checkpoint_around(folder: Path) -> Path | None:
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that a result depends on."""
-    loader = {"on_bad": config["loader"]["on_bad"]}
+    naflex = config["loader"].get("naflex")  # older files have no such key
+    loader = {"on_bad": config["loader"]["on_bad"], "seq_len": naflex and max(naflex["seq_lens"])}
     return {**config, "loader": loader, "device": None, "output": None}
 
 
