@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import vmoe
 from vmoe.cli.evaluate import run as evaluate
 from vmoe.data import BadSample, LoaderConfig, SourceConfig, build_dataset, eval_loader, train_loader
 from vmoe.data.config import NaFlexConfig
@@ -15,6 +16,7 @@ from vmoe.data.dataset import ImageFiles
 from vmoe.data.naflex import build_naflex
 from vmoe.data.sampler import NaFlexBatches, ShuffledSamples
 from vmoe.evaluation.config import EvaluationConfig
+from vmoe.evaluation.loaded_model import load_model
 from vmoe.evaluation.results_file import output_file
 from vmoe.training.trainer import train
 
@@ -47,6 +49,28 @@ def test_train_and_evaluate(config_of, photos):
     settings = {"data": photos, "loader": LOADER, "device": "cpu", "ood_data": photos}
     same_data = {"auroc": 0.5, "fpr95": 1.0}
     assert evaluate(EvaluationConfig(config.output_dir, "classification", **settings))["results"] == result | same_data
+
+
+def test_models_of_patches_are_an_ensemble(photos, tmp_path):
+    torch.manual_seed(0)
+    tiny = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 2}
+    for name, patch_size in {"a": 8, "b": 8, "other": 4}.items():
+        model = vmoe.create_model("vmoe_naflex_tiny_patch8", patch_size=patch_size, **tiny)
+        torch.nn.init.normal_(model.head.weight)
+        vmoe.save_pretrained(model, tmp_path / f"{name}.safetensors", extra={"class_names": ["a", "b"]})
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("a", "b", "other")]
+    settings = {"data": photos, "loader": LOADER, "device": "cpu", "ensemble": True}
+    results = evaluate(EvaluationConfig(files[:2], "classification", **settings))["results"]
+    members = [load_model(file, "cpu", loader=LOADER) for file in files[:2]]
+    batches = list(eval_loader(build_dataset(photos), members[0].transform, None, LOADER))
+    with torch.no_grad():
+        each = torch.cat([torch.stack([m.model(batch["image"]).softmax(-1) for m in members]) for batch in batches], 1)
+    labels = torch.cat([batch["label"] for batch in batches])
+    nll = -each.mean(0)[range(len(labels)), labels].log().mean()
+    assert results["nll"] == pytest.approx(nll.item(), abs=1e-4)
+    assert results["diversity"] > 0
+    with pytest.raises(ValueError, match=r"other.safetensors has another preprocessing than .*b.safetensors"):
+        evaluate(EvaluationConfig(files[1:], "classification", **settings))
 
 
 def test_a_result_of_another_sequence_length_has_another_file(photos, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.naflexvit import NaFlexVit
@@ -114,12 +114,17 @@ def as_ensemble(members: Sequence[LoadedModel]) -> LoadedModel:
     """Loaded classifiers of the same classes as one; ValueError: they see images in different ways."""
     first = members[0]
     for other in members[1:]:
-        own, theirs = (preprocess_config(each.model) for each in (first, other))
+        own, theirs = ((preprocess_config(each.model), _patches(each.transform)) for each in (first, other))
         if own != theirs or first.class_names != other.class_names:
             what = "preprocessing" if own != theirs else "class names"
             raise ValueError(f"{other.checkpoint} has another {what} than {first.checkpoint}: an ensemble needs one")
     model = DeepEnsemble([each.model for each in members]).eval()
     return first._replace(model=model, checkpoint=", ".join(each.checkpoint for each in members))
+
+
+def _patches(transform: Transform | NaFlexTransform) -> dict[str, Any] | None:
+    """Size of a patch and order of its pixels; None for squares."""
+    return vars(transform.patchify) if isinstance(transform, NaFlexTransform) else None
 
 
 def trained_on_turned(weights: str | Path) -> bool:
