@@ -103,6 +103,13 @@ def test_batches_of_patches_at_an_exact_position(photos):
         assert torch.equal(mine["image"]["patches"], image["patches"][:own])
 
 
+def test_batches_can_be_shared_by_eight_processes():
+    """The default budget, and without a batch that is larger; small batches have all images that fit."""
+    sizes = LoaderConfig(naflex=NaFlexConfig()).batch_sizes
+    assert all(size % 8 == 0 and 16384 - 8 * seq_len < size * seq_len <= 16384 for seq_len, size in sizes.items())
+    assert LoaderConfig(naflex=NaFlexConfig([7, 8, 9, 64], 64)).batch_sizes == {7: 8, 8: 8, 9: 7, 64: 1}
+
+
 def test_every_epoch_has_the_same_lengths_in_another_order():
     batches = NaFlexBatches(ShuffledSamples(3, 100), {16: 8, 32: 4, 64: 2}, 3)
     steps = batches.steps_per_epoch

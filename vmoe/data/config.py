@@ -196,8 +196,8 @@ class NaFlexConfig:
     Args:
         seq_lens: numbers of patches in a sequence, one of which is drawn for each batch. Images are resized to the most
             patches that it holds. Evaluation takes the largest.
-        tokens_per_batch: patches in a batch of training, all processes together, padding included: a batch has
-            tokens_per_batch / (patches in a sequence) images, rounded down.
+        tokens_per_batch: patches in a batch of training, all processes together, padding included: a batch has at most
+            tokens_per_batch / (patches in a sequence) images, and a multiple of 8 from 8 images on.
     """
 
     seq_lens: list[int] = field(default_factory=lambda: [128, 256, 576, 784, 1024])
@@ -245,7 +245,10 @@ class LoaderConfig:
         """{patches in a sequence: images in a batch of training}; {None: batch_size} without naflex."""
         if self.naflex is None:
             return {None: self.batch_size}
-        return {seq_len: self.naflex.tokens_per_batch // seq_len for seq_len in self.naflex.seq_lens}
+        # Processes share a batch equally, and there are mostly 2, 4 or 8. The sizes do not follow from their number, so
+        # that a run may continue with another.
+        most = {seq_len: self.naflex.tokens_per_batch // seq_len for seq_len in self.naflex.seq_lens}
+        return {seq_len: size - size % 8 if size >= 8 else size for seq_len, size in most.items()}
 
     @property
     def size_setting(self) -> str:
