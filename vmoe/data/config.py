@@ -189,6 +189,11 @@ class AugmentationConfig:
             raise ValueError("crop_padding replaces scale and ratio: leave these out, or crop_padding")
 
 
+def naflex_key(name: str = "") -> str:
+    """A setting's key in both programs, for messages."""
+    return f"loader.naflex{name} (in training data.loader.naflex{name})"
+
+
 @dataclass
 class NaFlexConfig:
     """Images of their own shape, as patches: for models of timm's NaFlexVit, such as vmoe_naflex_base_patch16.
@@ -206,9 +211,9 @@ class NaFlexConfig:
     def __post_init__(self) -> None:
         check_types(self, "naflex.")
         if not self.seq_lens or min(self.seq_lens) < 1 or len(set(self.seq_lens)) < len(self.seq_lens):
-            raise ValueError(f"naflex.seq_lens must be whole numbers >= 1, each once, got {self.seq_lens}")
-        if self.tokens_per_batch < max(self.seq_lens):
-            problem = f"naflex.tokens_per_batch must hold the longest of naflex.seq_lens, {max(self.seq_lens)} patches"
+            raise ValueError(f"{naflex_key('.seq_lens')} must be whole numbers >= 1, each once, got {self.seq_lens}")
+        if self.tokens_per_batch < (longest := max(self.seq_lens)):
+            problem = f"{naflex_key('.tokens_per_batch')} must hold the longest of seq_lens, {longest} patches"
             raise ValueError(f"{problem}, got {self.tokens_per_batch}")
 
 
@@ -249,6 +254,11 @@ class LoaderConfig:
         # that a run may continue with another.
         most = {seq_len: self.naflex.tokens_per_batch // seq_len for seq_len in self.naflex.seq_lens}
         return {seq_len: size - size % 8 if size >= 8 else size for seq_len, size in most.items()}
+
+    def size_text(self, seq_len: int | None) -> str:
+        """The batch of a sequence length, for messages."""
+        size = self.batch_sizes[seq_len]
+        return f"batch_size {size}" if seq_len is None else f"a batch of {size} images of {seq_len} patches"
 
     @property
     def size_setting(self) -> str:

@@ -190,8 +190,8 @@ class _Loader:
 def batches_of(dataset: ImageDataset, config: LoaderConfig, seed: int) -> EpochBatches | MixedBatches | NaFlexBatches:
     """The batches of a training; ValueError: they do not suit the data set."""
     sizes = config.batch_sizes
-    if len(dataset) < (size := max(sizes.values())):
-        problem = f"batch_size {size} is more than the data set's {len(dataset)} samples"
+    if len(dataset) < sizes[largest := max(sizes, key=sizes.get)]:
+        problem = f"{config.size_text(largest)} is more than the data set's {len(dataset)} samples"
         raise ValueError(f"{problem}: make {config.size_setting} smaller")
     if config.naflex is None:
         return dataset.batches(seed, config.batch_size)
@@ -240,10 +240,10 @@ class TrainLoader(_Loader):
         _, processes = self.part = world() if part is None else part
         if on_bad == "skip":
             raise ValueError("on_bad must be replace or fail in training, got skip: batches must be complete")
-        for size in config.batch_sizes.values():
+        for seq_len, size in config.batch_sizes.items():
             if size % processes:
-                problem = f"batch_size {size} is no multiple of the {processes} processes that share each batch"
-                raise ValueError(f"{problem}: change {config.size_setting}")
+                problem = f"no multiple of the {processes} processes that share each batch"
+                raise ValueError(f"{config.size_text(seq_len)} is {problem}: change {config.size_setting}")
         super().__init__(BatchReader(dataset, transform, tokenizer, seed, on_bad == "replace"), config, on_bad, device)
         self.batches = batches_of(dataset, config, seed)
         self.steps_per_epoch = self.batches.steps_per_epoch
