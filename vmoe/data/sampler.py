@@ -1,8 +1,8 @@
 """The order of samples in training: pure functions of the seed and the step, for any number of processes.
 
 A `Shuffle` is the order of one data set, a new one in every epoch. `EpochBatches` cuts it into batches; `MixedBatches`
-draws batches from several data sets by weight, and
-`NaFlexBatches` batches of several sizes. Only what saves time is kept between calls.
+draws batches from several data sets by weight, and `NaFlexBatches` batches of several sizes. Only what saves time is
+kept between calls.
 """
 
 from collections.abc import Mapping, Sequence

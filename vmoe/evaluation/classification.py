@@ -76,8 +76,8 @@ def evaluate_classification(
     Args:
         model: images (B, 3, H, W) -> logits (B, C); must be on `device`.
         loader: batches with "image" (B, 3, H, W) float, or the patches of images of any sizes (`vmoe.data.naflex`), and
-            "label" (B,) long; `vmoe.data.eval_loader` gives one. Where
-            torch.distributed runs, each process gives its own samples, with their "index" (B,) in the data.
+            "label" (B,) long; `vmoe.data.eval_loader` gives one. Where torch.distributed runs, each process gives its
+            own samples, with their "index" (B,) in the data.
         device, precision: where the model runs, in "float32", "bf16" or "fp16" (autocast).
         num_classes: of the data set, checked against the model's; None: not checked.
 
