@@ -25,7 +25,7 @@ Usage = Mapping[str, Tensor | Sequence[float]]  # or numpy's arrays
 
 def measure_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
     """How many tokens each expert works on in eval mode, for soft routing the sum of the weights of its slots: {name of
-    a sparse layer: (E,) float64 on the CPU}. A batch is a tensor, a tuple, or a dict with "image" and "text"."""
+    a sparse layer: (E,) float64 on the CPU}. A batch is one of `vmoe.models.calls.call`."""
     usage: dict[str, Tensor] = {}
     with evaluation_mode(model):
         for batch in batches:

@@ -66,9 +66,10 @@ def upcycle(
         expert_noise: standard deviation of normal noise on the experts' weights, in standard deviations of each weight.
         reinit: share of the hidden units that each expert draws again, from normal distributions with the mean and
             standard deviation of the weights that they replace (Drop-Upcycling, arXiv 2502.19261: 0.5).
-        calibration: a batch or batches of typical inputs (tensors of images, tuples of the model's arguments), whose
-            clusters give the router and the experts their start: see `vmoe.models.expert_init.Clusters`. Then
-            `upcycle_differences` of the result says how far it is from the dense model: {layer or "output": number}.
+        calibration: a batch or batches of typical inputs (of `vmoe.models.calls.call`: images, tuples of images and
+            texts, NaFlex dicts), whose clusters give the router and the experts their start: see
+            `vmoe.models.expert_init.Clusters`. Then `upcycle_differences` of the result says how far it is from the
+            dense model: {layer or "output": number}.
         cluster_energy: share of its outputs' squared length that a matrix keeps on its cluster's tokens; 1 leaves the
             experts copies, with the centroids as router.
         **settings: of `vmoe.moe.config.RoutingSettings`, and `router_preset`. The defaults here are
