@@ -13,7 +13,7 @@ import vmoe
 from vmoe.inspection.forward import patch_grid
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
-P = 8
+P, DENSE = 8, "naflexvit_base_patch16_gap"
 
 
 def make(name="vmoe_naflex_tiny_patch8", **kwargs):
@@ -25,7 +25,7 @@ def make(name="vmoe_naflex_tiny_patch8", **kwargs):
 
 def upcycled(**kwargs):
     torch.manual_seed(0)
-    dense = timm.create_model("naflexvit_base_patch16_gap", **SMALL, patch_size=P, init_values=0.1, **kwargs)
+    dense = timm.create_model(DENSE, **SMALL, patch_size=P, init_values=0.1, **kwargs)
     return vmoe.upcycle(dense, 4, layers="every1").eval()
 
 
@@ -93,6 +93,20 @@ def test_capacity_losses_and_gradients_are_of_real_patches_only(make_model):
     assert found[0][0] > 0
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found[1], found[2], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("rope_type", ["none", "axial"])
+def test_clusters_of_upcycling_are_of_real_patches_only(rope_type):
+    torch.manual_seed(0)
+    dense = timm.create_model(DENSE, **SMALL, patch_size=P, init_values=0.1, rope_type=rope_type)
+    images, classes, found = [torch.randn(3, P * rows, 3 * P) for rows in (2, 5)], list(map(type, dense.modules())), []
+    for length, fill in ((15, 0.0), (40, 1e4), (40, float("nan"))):
+        torch.manual_seed(1)
+        sparse = vmoe.upcycle(dense, 4, layers="every1", calibration=packed(images, length, fill), cluster_energy=0.9)
+        assert list(map(type, dense.modules())) == classes
+        found.append({**sparse.state_dict(), **sparse.upcycle_differences})
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-3, rtol=1e-3)
 
 
 def test_a_v_moe_with_rope_is_the_same_function():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vmoe.models.calls import call, evaluation_mode
 from vmoe.models.dense_mlp import UpcycleError
+from vmoe.models.naflex import pass_padding_on
 from vmoe.moe import SparseMoE
 from vmoe.moe.backends.reference import activate
 from vmoe.moe.experts import Experts
@@ -53,10 +54,10 @@ def _redraw(tensor: Tensor, index: Tensor, dim: int) -> None:
 class Clusters:
     """Cluster-aware upcycling (arXiv 2604.13508): each expert starts from a cluster of what its dense MLP sees.
 
-    The inputs of each MLP over a calibration set are clustered by spherical k-means. The unit centroids become the rows
-    of the router, so that a token's largest logit is that of its cluster. Each matrix of the cluster's expert becomes
-    the matrix of lowest rank whose outputs on the cluster's tokens keep `energy` of their squared length: its
-    projection on their first principal directions, the data-aware truncated SVD.
+    The inputs of each MLP over a calibration set, but for padding at native resolution, are clustered by spherical
+    k-means. The unit centroids become the rows of the router, so that a token's largest logit is that of its cluster.
+    Each matrix of the cluster's expert becomes the matrix of lowest rank whose outputs on the cluster's tokens keep
+    `energy` of their squared length: its projection on their first principal directions, the data-aware truncated SVD.
 
     Our reading where the paper's abstract does not say: the rank follows from `energy`, rows have length 1, the second
     matrix sees what the truncated first one gives, and biases stay. The paper's self-distillation loss is not part of
@@ -69,13 +70,18 @@ class Clusters:
         self.model, self.energy, self.batches = model, energy, list(batches)
         found: dict[str, list[Tensor]] = {name: [] for name in mlps}
 
-        def keep(name: str, _: nn.Module, args: tuple) -> None:
-            found[name].append(args[0].flatten(0, -2))
+        def keep(name: str, _: nn.Module, args: tuple) -> tuple[Tensor]:
+            tokens, mask = (*args, None)[:2]  # a mask is of `pass_padding_on`, and not for the MLP itself
+            found[name].append(tokens.flatten(0, -2) if mask is None else tokens[mask])
+            return (tokens,)
 
-        hooks = [model.get_submodule(name).register_forward_pre_hook(partial(keep, name)) for name in found]
+        seen = [model.get_submodule(name) for name in found]
+        hooks = [mlp.register_forward_pre_hook(partial(keep, name)) for name, mlp in zip(found, seen, strict=True)]
         try:
+            pass_padding_on(model, seen)
             self.outputs = self._outputs(model)
         finally:
+            pass_padding_on(model)
             for hook in hooks:
                 hook.remove()
         if not self.batches:

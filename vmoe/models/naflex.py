@@ -8,7 +8,7 @@ Shapes, by suffix: B batch, N patches, padding included, T prefix tokens + N, D 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
@@ -92,14 +92,12 @@ _PADDED = {NaFlexEmbeds: PaddedEmbeds, Block: PaddedBlock, EvaBlock: PaddedEvaBl
 _PLAIN = {padded: plain for plain, padded in _PADDED.items()}
 
 
-def pass_padding_on(model: nn.Module) -> None:
-    """Lets the experts in all NaFlexVit of `model` see which tokens are padding; what has none becomes timm's again.
-
-    ValueError: experts in blocks of another class than timm's two.
-    """
+def pass_padding_on(model: nn.Module, mlps: Collection[nn.Module] = ()) -> None:
+    """Lets the experts in all NaFlexVit of `model`, and `mlps`, see which tokens are padding; what has neither becomes
+    timm's again. ValueError: experts in blocks of another class than timm's two."""
     for vit in [module for module in model.modules() if isinstance(module, NaFlexVit)]:
         for part, holder in [(vit.embeds, vit), *((block, block) for block in vit.blocks)]:
-            sparse = any(isinstance(module, (SparseMoE, NaFlexVisionMoE)) for module in holder.modules())
+            sparse = any(isinstance(each, (SparseMoE, NaFlexVisionMoE)) or each in mlps for each in holder.modules())
             table = _PADDED if sparse else _PLAIN
             part.__class__ = table.get(type(part), type(part))
             if sparse and type(part) not in _PLAIN:
