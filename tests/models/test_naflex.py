@@ -146,5 +146,8 @@ def test_errors():
         make(pos_embed="sincos2d")
     with pytest.raises(ValueError, match="swiglu_mlp cannot be set"):
         make(swiglu_mlp=True)
+    for name, value in (("rope_type", "dinov3"), ("rope_temperature", 100.0)):
+        with pytest.raises(ValueError, match=f"'rope' is axial, its setting is pos_temperature: leave {name} out"):
+            make(pos_embed="rope", **{name: value})
     with pytest.raises(ValueError, match="has no setting 'moe_layer'; did you mean 'moe_layers'"):
         vmoe.create_model("vmoe_naflex_tiny_patch8", moe_layer="last1")

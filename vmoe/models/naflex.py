@@ -131,6 +131,8 @@ class NaFlexVisionMoE(NaFlexVit):
                 raise ValueError(f"{name} cannot be set: experts replace timm's MLPs (expert_mlp has gated ones)")
         routing = take_routing(kwargs, ROUTING_DEFAULTS)
         if pos_embed == "rope":
+            if given := sorted({"rope_type", "rope_temperature"} & kwargs.keys()):
+                raise ValueError(f"pos_embed='rope' is axial, its setting is pos_temperature: leave {given[0]} out")
             kwargs |= {"rope_type": "axial", "rope_temperature": pos_temperature}
         super().__init__(pos_embed={"rope": "none", "learn": "learned"}.get(pos_embed, pos_embed), **kwargs)
         chosen = sparse_blocks(moe_layers, len(self.blocks)) if routing["num_experts"] else ()
