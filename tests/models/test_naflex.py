@@ -60,8 +60,7 @@ def test_an_image_does_not_depend_on_padding_or_others(name):
         images = [torch.randn(3, P * rows, P * columns) for rows, columns in sizes]
         counts = [rows * columns for rows, columns in sizes]
         together = packed(images, max(counts) + padding, fill)
-        if not name.startswith("upcycled"):
-            together["patch_coord"][~together["patch_valid"]] = 9
+        together["patch_coord"][~together["patch_valid"]] = 9
         logits, features = model(together), model.forward_features(*together.values())["patches"]
         for row, (image, count) in enumerate(zip(images, counts)):
             torch.testing.assert_close(model(packed([image], count))[0], logits[row], atol=1e-5, rtol=1e-5)
@@ -140,6 +139,8 @@ def test_errors():
             model(batch)
         with pytest.raises(ValueError, match=r"an image of 20 x 7 pixels is smaller than a patch \(8 x 8\)"):
             model(torch.randn(1, 3, 7, 20))
+        with pytest.raises(ValueError, match=r"\(1, 4, 192\) is no batch of images .*: patches come with patch_coord"):
+            model(batch["patches"])
         with pytest.raises(ValueError, match="20 x 16 pixels does not consist of whole patches"):
             model(torch.randn(1, 3, 16, 20))
     with pytest.raises(ValueError, match="pos_embed must be 'learned', 'factorized', 'rope' or 'none', got 'sincos2d'"):

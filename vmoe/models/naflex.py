@@ -14,7 +14,7 @@ import torch
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import generate_default_cfgs
 from timm.models.eva import EvaBlock
-from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit, checkpoint_filter_fn
+from timm.models.naflexvit import NaFlexVit, checkpoint_filter_fn
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -64,47 +64,52 @@ class PaddedEvaBlock(EvaBlock):
         return x_BTD + self.drop_path2(h_BTD if self.gamma_2 is None else self.gamma_2 * h_BTD)
 
 
-class PaddedEmbeds(NaFlexEmbeds):
-    """timm's embedding, which checks its input, and sets padding to zero: what it holds, NaN too, changes nothing."""
+class PaddedNaFlexVit(NaFlexVit):
+    """timm's model, which checks its input, and sets padding to zero: what it holds, NaN too, changes nothing."""
 
-    def forward(
-        self, x: Tensor, patch_coord: Tensor | None = None, patch_valid: Tensor | None = None
-    ) -> tuple[Tensor, tuple[int, int] | None]:
-        """As timm's; ValueError: an image without a patch."""
+    def _forward_embeds(
+        self, x: Tensor, patch_coord: Tensor | None, patch_valid: Tensor | None, attn_mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """As timm's; ValueError: an image without a patch, or of a size that patches do not fill."""
         if patch_coord is None:
-            self._check_size(*x.shape[-2:])
+            self._check_size(x)
         elif patch_valid is not None:
+            patch_valid = patch_valid.bool()
             if not torch.compiler.is_compiling() and not patch_valid.any(dim=1).all():
                 raise ValueError("patch_valid has an image without a real patch: leave such images out of the batch")
-            x = torch.where(patch_valid.bool().view(*patch_valid.shape, *[1] * (x.ndim - 2)), x, 0)
-        return super().forward(x, patch_coord, patch_valid)
+            x = torch.where(patch_valid.view(*patch_valid.shape, *[1] * (x.ndim - 2)), x, 0)
+            patch_coord = patch_coord * patch_valid[..., None]  # the largest are the size of the grid
+        return super()._forward_embeds(x, patch_coord, patch_valid, attn_mask)
 
-    def _check_size(self, height: int, width: int) -> None:
-        rows, columns = self.patch_size
+    def _check_size(self, x: Tensor) -> None:
+        if x.ndim != 4:
+            shape = f"a tensor {tuple(x.shape)} is no batch of images (B, C, H, W)"
+            raise ValueError(f"{shape}: patches come with patch_coord and patch_valid")
+        (height, width), (rows, columns) = x.shape[-2:], self.embeds.patch_size
         small = height < rows or width < columns
-        if small or (not self.dynamic_img_pad and (height % rows or width % columns)):
+        if small or (not self.embeds.dynamic_img_pad and (height % rows or width % columns)):
             problem = "is smaller than a patch" if small else "does not consist of whole patches"
             raise ValueError(f"an image of {width} x {height} pixels {problem} ({columns} x {rows}): resize it")
 
 
 # timm's classes, and what they become in a model with experts.
-_PADDED = {NaFlexEmbeds: PaddedEmbeds, Block: PaddedBlock, EvaBlock: PaddedEvaBlock}
+_PADDED = {NaFlexVit: PaddedNaFlexVit, Block: PaddedBlock, EvaBlock: PaddedEvaBlock}
 _PLAIN = {padded: plain for plain, padded in _PADDED.items()}
 
 
 def pass_padding_on(model: nn.Module, mlps: Collection[nn.Module] = ()) -> None:
     """Lets the experts in all NaFlexVit of `model`, and `mlps`, see which tokens are padding; what has neither becomes
-    timm's again. ValueError: experts in blocks of another class than timm's two."""
+    timm's again. ValueError: experts in another class than timm's own."""
     for vit in [module for module in model.modules() if isinstance(module, NaFlexVit)]:
-        for part, holder in [(vit.embeds, vit), *((block, block) for block in vit.blocks)]:
-            sparse = any(isinstance(each, (SparseMoE, NaFlexVisionMoE)) or each in mlps for each in holder.modules())
+        for part in (vit, *vit.blocks):
+            sparse = any(isinstance(each, (SparseMoE, NaFlexVisionMoE)) or each in mlps for each in part.modules())
             table = _PADDED if sparse else _PLAIN
             part.__class__ = table.get(type(part), type(part))
-            if sparse and type(part) not in _PLAIN:
-                raise ValueError(f"experts in a {type(part).__name__} would not see padding: leave block_fn out")
+            if sparse and not isinstance(part, tuple(_PLAIN)):
+                raise ValueError(f"experts in a {type(part).__name__} would not see padding: take timm's own class")
 
 
-class NaFlexVisionMoE(NaFlexVit):
+class NaFlexVisionMoE(PaddedNaFlexVit):
     """timm's NaFlexVit with experts in some blocks; padding takes no capacity and counts in no loss.
 
     Args:
@@ -148,13 +153,6 @@ class NaFlexVisionMoE(NaFlexVit):
             without_fused_attention(self)
         if chosen:
             self.init_weights(needs_reset=False)
-
-    def _forward_embeds(
-        self, x: Tensor, patch_coord: Tensor | None, patch_valid: Tensor | None, attn_mask: Tensor | None
-    ) -> dict[str, Tensor]:
-        if patch_coord is not None and patch_valid is not None:  # the largest coordinates are the size of the grid
-            patch_coord = patch_coord * patch_valid[..., None]
-        return super()._forward_embeds(x, patch_coord, patch_valid, attn_mask)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
