@@ -310,6 +310,7 @@ def test_slots_of_a_soft_name_follow_the_capacity_that_is_asked_for():
         ({"representation_size": 0}, "representation_size must be a whole number >= 1"),
         ({"representation_size": 2.5}, "representation_size must be a whole number >= 1"),
         ({"pos_embed": "rope", "pos_temperature": 0}, "pos_temperature must be > 0, got 0"),
+        ({"pos_embed": "rope", "pos_temperature": "x"}, "pos_temperature must be > 0, got 'x'"),
         ({"pos_embed": "sincos2d", "pos_temperature": 0}, "pos_temperature must be > 0, got 0"),
         ({"class_token": False, "global_pool": "token", "reg_tokens": 2}, "leave reg_tokens out"),
     ],

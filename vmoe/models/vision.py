@@ -49,6 +49,11 @@ def sparse_blocks(moe_layers: str | Sequence[int], depth: int) -> tuple[int, ...
     return blocks
 
 
+def _check_temperature(temperature: float) -> None:
+    if not (isinstance(temperature, (int, float)) and temperature > 0):
+        raise ValueError(f"pos_temperature must be > 0, got {temperature!r}")
+
+
 def sincos2d_positions(height: int, width: int, dim: int, temperature: float, device=None, dtype=None) -> Tensor:
     """Fixed position embeddings of a grid of patches, (1, height·width, dim), row by row (MoCo v3, arXiv 2104.02057).
 
@@ -56,8 +61,7 @@ def sincos2d_positions(height: int, width: int, dim: int, temperature: float, de
     """
     if dim % 4 or dim < 8:
         raise ValueError(f"pos_embed='sincos2d' needs a width that is a multiple of 4 and at least 8, got {dim}")
-    if not temperature > 0:
-        raise ValueError(f"pos_temperature must be > 0, got {temperature}")
+    _check_temperature(temperature)
     kind = {"device": device, "dtype": dtype}
     frequency = temperature ** -torch.linspace(0, 1, dim // 4, **kind)
     y, x = torch.meshgrid(torch.arange(height, **kind), torch.arange(width, **kind), indexing="ij")
@@ -117,8 +121,7 @@ def check_rotation(head_dim: int, temperature: float) -> None:
     """ValueError: heads of so many channels cannot be rotated by row and column with this temperature."""
     if head_dim % 4:
         raise ValueError(f"pos_embed='rope' needs heads of a multiple of 4 channels, got {head_dim}")
-    if not temperature > 0:
-        raise ValueError(f"pos_temperature must be > 0, got {temperature}")
+    _check_temperature(temperature)
 
 
 class RotaryAttention(AttentionRope):
