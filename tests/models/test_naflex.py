@@ -72,6 +72,20 @@ def test_an_image_does_not_depend_on_padding_or_others(name):
 
 
 @pytest.mark.parametrize("make_model", [make, upcycled])
+@torch.no_grad()
+def test_masks_of_numbers_and_one_mask_for_all_images(make_model):
+    batch = packed([torch.randn(3, P * rows, 3 * P) for rows in (2, 2)], 9)
+    model = make_model(global_pool="max")
+    expected, T = model(batch), 9 + model.num_prefix_tokens
+    numbers = {**batch, "patch_valid": batch["patch_valid"].int()}
+    torch.testing.assert_close(model(numbers), expected, atol=0, rtol=0)
+    real_T = torch.arange(T) < T - 3
+    mask = (real_T[:, None] & real_T)[None, None]
+    for each in (mask, torch.zeros(mask.shape).masked_fill(~mask, torch.finfo().min)):
+        torch.testing.assert_close(model({**batch, "attn_mask": each}), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make_model", [make, upcycled])
 def test_capacity_losses_and_gradients_are_of_real_patches_only(make_model):
     model, sizes, found = make_model(), [(3, 5), (1, 2), (6, 4)], []
     images = [torch.randn(3, P * rows, P * columns) for rows, columns in sizes]

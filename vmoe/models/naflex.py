@@ -79,6 +79,8 @@ class PaddedNaFlexVit(NaFlexVit):
                 raise ValueError("patch_valid has an image without a real patch: leave such images out of the batch")
             x = torch.where(patch_valid.view(*patch_valid.shape, *[1] * (x.ndim - 2)), x, 0)
             patch_coord = patch_coord * patch_valid[..., None]  # the largest are the size of the grid
+        if attn_mask is not None and attn_mask.ndim == 4:
+            attn_mask = attn_mask.expand(len(x), -1, -1, -1)  # the experts need each image's
         return super()._forward_embeds(x, patch_coord, patch_valid, attn_mask)
 
     def _check_size(self, x: Tensor) -> None:
