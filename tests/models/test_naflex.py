@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.data.naflex_dataset import NaFlexCollator
 from timm.data.naflex_transforms import patchify_image
-from timm.models.naflexvit import checkpoint_filter_fn
 
 import vmoe
 from vmoe.inspection.forward import patch_grid
+from vmoe.models.naflex import from_square
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 P, DENSE = 8, "naflexvit_base_patch16_gap"
@@ -122,12 +122,17 @@ def test_clusters_of_upcycling_are_of_real_patches_only(rope_type):
         torch.testing.assert_close(other, found[0], atol=1e-3, rtol=1e-3)
 
 
-def test_a_v_moe_with_rope_is_the_same_function():
-    square = make("vmoe_tiny_patch8_48", pos_embed="rope", dynamic_img_size=True)
-    native = make(pos_embed="rope", class_token=True, global_pool="token")
-    native.load_state_dict(checkpoint_filter_fn(square.state_dict(), native))
-    image = torch.randn(2, 3, 24, 56)
-    torch.testing.assert_close(native(image), square(image), atol=1e-5, rtol=1e-5)
+@torch.no_grad()
+@pytest.mark.parametrize(("pos_embed", "size"), [("learn", (48, 48)), ("rope", (24, 56))])
+def test_a_v_moe_of_square_images_is_the_same_function(pos_embed, size):
+    square = make("vmoe_tiny_patch8_48", pos_embed=pos_embed, dynamic_img_size=True)
+    torch.nn.init.normal_(square.cls_token)
+    native = make(pos_embed=pos_embed, class_token=True, global_pool="token")
+    image = torch.randn(2, 3, *size)
+    expected = square(image)
+    native.load_state_dict(from_square(square.state_dict(), native))
+    torch.testing.assert_close(native(image), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(square(image), expected)
 
 
 @torch.no_grad()

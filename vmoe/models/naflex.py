@@ -166,6 +166,12 @@ class NaFlexVisionMoE(PaddedNaFlexVit):
         scale_depth(self.blocks)
 
 
+def from_square(state_dict: dict[str, Tensor], model: NaFlexVit) -> dict[str, Tensor]:
+    """The state dict of a ViT or V-MoE of square images as that of `model`, by timm's filter."""
+    tokens = {name: state_dict[name].clone() for name in ("cls_token", "reg_token") if name in state_dict}
+    return checkpoint_filter_fn({**state_dict, **tokens}, model)  # adds positions to the tokens, in place
+
+
 _STYLE = {"act_layer": "gelu_tanh", "weight_init": "jax", "global_pool": "avg"}
 # The arguments of `NaFlexVisionMoE` that each name stands for.
 NAFLEX_MODELS: dict[str, dict] = {
@@ -184,4 +190,4 @@ default_cfgs = generate_default_cfgs({name: _TINY_CFG if "tiny" in name else _CF
 
 _features = {"out_indices": 3, "feature_cls": "getter"}
 _styled = {name: {**_STYLE, **own} for name, own in NAFLEX_MODELS.items()}
-register_models(__name__, NaFlexVisionMoE, _styled, lambda _: _features, pretrained_filter_fn=checkpoint_filter_fn)
+register_models(__name__, NaFlexVisionMoE, _styled, lambda _: _features, pretrained_filter_fn=from_square)
