@@ -114,6 +114,9 @@ def pass_padding_on(model: nn.Module, mlps: Collection[nn.Module] = ()) -> None:
 class NaFlexVisionMoE(PaddedNaFlexVit):
     """timm's NaFlexVit with experts in some blocks; padding takes no capacity and counts in no loss.
 
+    Routing groups of `group_size` are cut with the padding inside: for expert choice, soft routing and top-k with a
+    limit an image's result then depends on the padding beside it.
+
     Args:
         pos_embed: "learned" (interpolated to each image's grid), "factorized" (into rows and columns), "rope" (queries
             and keys are rotated by row and column, timm's axial RoPE), or "none".
