@@ -633,6 +633,7 @@ def test_what_cannot_be_clustered_is_refused_and_zeros_are_compared():
     for settings, message in [
         ({"calibration": []}, "calibration is empty"),
         ({"calibration": [(images()[:1] * 0, torch.zeros(1))]}, "blocks.1.mlp sees fewer than 64"),  # with labels
+        ({"calibration": [images(), images() * float("nan")]}, "blocks.1.mlp sees values that are not finite"),
         ({"calibration": images(), "router": "expert_choice"}, "needs router='top_k' and a linear gate"),
         ({"calibration": images(), "cluster_energy": 0}, "cluster_energy must be above 0 and at most 1, got 0"),
     ]:
