@@ -157,6 +157,10 @@ def test_a_run_starts_from_clusters_of_its_training_data(make_second):
     for key, value in (("clusters", -1), ("others", "a")):
         with pytest.raises(ConfigError, match=rf"model\.upcycle\.{key} must be .*, got {value!r}"):
             train(make_second("bad", {key: value}, pretrained_optimizer=False))
+    for key, value, instead in (("calibration", 16, "clusters"), ("models", ["runs/b"], "others")):
+        for start in (train, make_model):
+            with pytest.raises(ConfigError, match=rf"^model\.upcycle\.{key}: give {instead}"):
+                start(make_second("bad", {key: value}, pretrained_optimizer=False))
 
 
 # --- fine-tuning recipes ---------------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ from torch import nn
 from vmoe.distributed.mesh import MeshSize
 from vmoe.models.factory import create_model, is_contrastive, named_weights
 from vmoe.models.serialization import find_weights, read_pretrained_metadata
-from vmoe.models.upcycle import block_mlps, upcycle, upcycle_steps
+from vmoe.models.upcycle import block_mlps, upcycle_steps
 from vmoe.moe.experts import Experts
 from vmoe.training.config import Config
 from vmoe.training.optim import freeze
-from vmoe.training.upcycling import layer_settings
+from vmoe.training.upcycling import same_layers
 from vmoe.utils.config import ConfigError
 from vmoe.utils.meta import meta_device
 
@@ -49,7 +49,7 @@ def make_model(config: Config) -> tuple[nn.Module, list[str]]:
     if config.lora.targets:
         raise ConfigError("lora.targets cannot be planned; leave it out to plan the training of all weights")
     notes: list[str] = []
-    name, kwargs, upcycled = config.model.name, dict(config.model.kwargs), [layer_settings(config.model.upcycle)]
+    name, kwargs, upcycled = config.model.name, dict(config.model.kwargs), [config.model.upcycle]
     if name is None and (named := named_weights(None, config.model.pretrained)):
         name = named[0]
     elif name is None:  # the file says which model it holds
@@ -62,7 +62,9 @@ def make_model(config: Config) -> tuple[nn.Module, list[str]]:
         with meta_device():
             model = create_model(name, **kwargs)
             for step in filter(None, upcycled):
-                model = upcycle(model, **step)
+                model = same_layers(model, step)
+    except ConfigError:
+        raise
     except (ValueError, TypeError) as error:
         raise ConfigError(f"model: {error}") from error
     if is_contrastive(model) != (config.task == "contrastive"):

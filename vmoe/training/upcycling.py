@@ -19,15 +19,10 @@ BATCH = 64  # examples of the calibration set in a forward pass
 
 def make_sparse(model: nn.Module, config: ModelConfig, data: ImageDataset, kwargs: dict[str, Any]) -> nn.Module:
     """The dense model upcycled as the config says; `kwargs` are those of the model. A ConfigError names a mistake."""
-    settings = dict(config.upcycle)
-    others, clusters = settings.pop("others", []), settings.pop("clusters", 0)
-    if not isinstance(others, list) or not all(isinstance(source, str) for source in others):
-        raise ConfigError(f"model.upcycle.others must be a list of dense models' files or folders, got {others!r}")
-    if type(clusters) is not int or clusters < 0:
-        raise ConfigError(f"model.upcycle.clusters must be a whole number of examples, got {clusters!r}")
+    settings, others, clusters = _read(config.upcycle)
     try:
         if torch.get_default_device().type == "meta":  # another process has the weights
-            return upcycle(model, **layer_settings(config.upcycle))
+            return same_layers(model, config.upcycle)
         models = [model, *(_like(model, create_model(config.name, source, **kwargs)) for source in others)]
         calibration = examples(model, data, clusters) if clusters else None
         return upcycle(models, calibration=calibration, **settings)
@@ -35,12 +30,24 @@ def make_sparse(model: nn.Module, config: ModelConfig, data: ImageDataset, kwarg
         raise ConfigError(f"model.upcycle: {error}") from error
 
 
-def layer_settings(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of vmoe.upcycle that make the same layers of one model, without other weights or data."""
-    settings = {key: value for key, value in given.items() if key not in ("others", "clusters")}
-    if others := given.get("others"):
-        settings = {"num_experts": (1 + len(others)) * given.get("granularity", 1), "layers": "every1"} | settings
-    return settings
+def same_layers(model: nn.Module, given: dict[str, Any]) -> nn.Module:
+    """The dense model with the sparse layers of `make_sparse`, made without other weights or data."""
+    settings, others, _ = _read(given)
+    return upcycle([model] * (1 + len(others)), **settings)
+
+
+def _read(given: dict[str, Any]) -> tuple[dict[str, Any], list[str], int]:
+    """`model.upcycle` as (arguments of vmoe.upcycle, others, clusters)."""
+    for name, instead in (("models", "others"), ("calibration", "clusters")):
+        if name in given:
+            raise ConfigError(f"model.upcycle.{name}: give {instead}")
+    settings = dict(given)
+    others, clusters = settings.pop("others", []), settings.pop("clusters", 0)
+    if not isinstance(others, list) or not all(isinstance(source, str) for source in others):
+        raise ConfigError(f"model.upcycle.others must be a list of dense models' files or folders, got {others!r}")
+    if type(clusters) is not int or clusters < 0:
+        raise ConfigError(f"model.upcycle.clusters must be a whole number of examples, got {clusters!r}")
+    return settings, others, clusters
 
 
 def _like(first: nn.Module, other: nn.Module) -> nn.Module:
