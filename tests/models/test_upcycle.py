@@ -628,6 +628,31 @@ def test_an_expert_is_the_lowest_rank_that_keeps_the_energy_on_its_cluster(name)
     assert 0.05 < closer.upcycle_differences["blocks.1.mlp"] < 0.7 * far["blocks.1.mlp"]
 
 
+@torch.no_grad()
+def test_routers_of_whole_images_start_from_clusters_of_their_means():
+    dense, seen = tiny_vit(), []
+    colour_C3 = 2 * torch.eye(3)
+    x = colour_C3.repeat(8, 1)[:, :, None, None] + 0.1 * torch.randn(24, 3, 32, 32)
+    sparse = vmoe.upcycle(
+        dense, 3, [1], 1, per_image=True, normalize_weights=False, calibration=x, capacity_factor=None
+    )
+    mlp, layer = dense.blocks[1].mlp, sparse.blocks[1].mlp
+    mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    dense(x)
+    with vmoe.record_routing(sparse) as record:
+        sparse(x)
+    expert_BT = record.layers["blocks.1.mlp"].expert_index.view(24, -1)
+    assert (expert_BT == expert_BT[:3, :1].repeat(8, 1)).all()  # each colour has an expert of its own
+    assert expert_BT.unique().tolist() == [0, 1, 2]
+    mean_BD = torch.nn.functional.normalize(seen[0].mean(1), dim=1)
+    for expert in range(3):
+        own_BD = mean_BD[expert_BT[:, 0] == expert]
+        expected = torch.nn.functional.normalize(own_BD.sum(0), dim=0)
+        torch.testing.assert_close(layer.router.weight[expert], expected, rtol=0, atol=1e-5)
+    far, theirs = sparse.upcycle_differences["blocks.1.mlp"], mlp(seen[0])
+    assert far == pytest.approx(float((layer(seen[0]) - theirs).norm() / theirs.norm()), rel=1e-4)
+
+
 def test_what_cannot_be_clustered_is_refused_and_zeros_are_compared():
     dense = tiny_vit()
     for settings, message in [

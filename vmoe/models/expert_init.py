@@ -55,9 +55,10 @@ class Clusters:
     """Cluster-aware upcycling (arXiv 2604.13508): each expert starts from a cluster of what its dense MLP sees.
 
     The inputs of each MLP over a calibration set, but for padding at native resolution, are clustered by spherical
-    k-means. The unit centroids become the rows of the router, so that a token's largest logit is that of its cluster.
-    Each matrix of the cluster's expert becomes the matrix of lowest rank whose outputs on the cluster's tokens keep
-    `energy` of their squared length: its projection on their first principal directions, the data-aware truncated SVD.
+    k-means; with `per_image` the mean of each image, whose tokens follow, as in the router. The unit centroids become
+    the rows of the router, so that a token's largest logit is that of its cluster. Each matrix of the cluster's expert
+    becomes the matrix of lowest rank whose outputs on the cluster's tokens keep `energy` of their squared length: its
+    projection on their first principal directions, the data-aware truncated SVD.
 
     Our reading where the paper's abstract does not say: the rank follows from `energy`, rows have length 1, the second
     matrix sees what the truncated first one gives, and biases stay. The paper's self-distillation loss is not part of
@@ -71,10 +72,13 @@ class Clusters:
             batches = [batches]
         self.model, self.energy, self.batches = model, energy, list(batches)
         found: dict[str, list[Tensor]] = {name: [] for name in mlps}
+        self.sizes: dict[str, list[int]] = {name: [] for name in found}  # tokens of each image
 
         def keep(name: str, _: nn.Module, args: tuple) -> tuple[Tensor]:
             tokens, mask = (*args, None)[:2]  # a mask is of `pass_padding_on`, and not for the MLP itself
             found[name].append(tokens.flatten(0, -2) if mask is None else tokens[mask])
+            own = [tokens[0, ..., 0].numel()] * len(tokens) if mask is None else mask.flatten(1).sum(1).tolist()
+            self.sizes[name] += own
             return (tokens,)
 
         seen = [model.get_submodule(name) for name in found]
@@ -107,12 +111,15 @@ class Clusters:
         if layer.router_type != "top_k" or layer.settings.gate == "cosine":
             raise ValueError("calibration needs router='top_k' and a linear gate: its rows are the clusters' centroids")
         x_ND = self.inputs[name].float()
+        seen_ND = torch.stack([x.mean(0) for x in x_ND.split(self.sizes[name])]) if layer.settings.per_image else x_ND
         try:
-            centroid_CD = spherical_k_means(x_ND, layer.num_experts // granularity)
+            centroid_CD = spherical_k_means(seen_ND, layer.num_experts // granularity)
         except ValueError as error:
             raise ValueError(f"calibration: {name} {error}; give more images, or set fewer experts") from None
         layer.router.weight.copy_(centroid_CD.repeat_interleave(granularity, dim=0))
-        cluster_N = (x_ND @ centroid_CD.T).argmax(1)
+        cluster_N = (seen_ND @ centroid_CD.T).argmax(1)
+        if layer.settings.per_image:  # its tokens follow
+            cluster_N = cluster_N.repeat_interleave(torch.tensor(self.sizes[name], device=x_ND.device))
         for expert in range(layer.num_experts if self.energy < 1 else 0):
             self._truncate(layer.experts, expert, x_ND[cluster_N == expert // granularity])
 
@@ -134,7 +141,8 @@ class Clusters:
         with evaluation_mode(self.model), evaluation_mode(sparse):
             for name, x_ND in self.inputs.items():
                 layers = [model.get_submodule(name) for model in (sparse, self.model)]
-                found[name] = _relative([[layer(part) for layer in layers] for part in x_ND.split(TOKENS)])
+                parts = x_ND.split(self.sizes[name] if layers[0].settings.per_image else TOKENS)
+                found[name] = _relative([[layer(part) for layer in layers] for part in parts])
         pairs = zip(self._outputs(sparse), self.outputs, strict=True)
         return {**found, "output": _relative([pair for batch in pairs for pair in zip(*batch, strict=True)])}
 
