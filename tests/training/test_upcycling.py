@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -143,6 +144,16 @@ def test_experts_of_several_runs_whose_routers_alone_are_trained(make_second, de
     assert new["blocks.1.mlp.router.weight"].std() > 0.05  # 0.02 when it is new
     planned = make_model(both)[0].state_dict()
     assert {key: tensor.shape for key, tensor in planned.items()} == {key: each.shape for key, each in new.items()}
+
+
+def test_a_new_head_of_zeros_says_nothing_of_clusters(make_config):
+    config, console = make_config(**{"model.kwargs.num_experts": 0, "train.steps": 1}), Console(width=200, record=True)
+    config.model.upcycle = {"num_experts": 2, "layers": [1], "clusters": 4}
+    train(config, console)
+    line = next(line for line in console.export_text().splitlines() if line.startswith("clusters: "))
+    assert re.fullmatch(
+        r"clusters: outputs of layers differ by (\S+)% to \1% from the .* on their examples", line.strip()
+    )
 
 
 def test_a_run_starts_from_clusters_of_its_training_data(make_second):

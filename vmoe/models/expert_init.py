@@ -136,15 +136,18 @@ class Clusters:
 
     def differences(self, sparse: nn.Module) -> dict[str, float]:
         """How far the sparse model is from the dense one on the calibration set, |difference| / |dense|: of each
-        layer's output for the dense model's tokens, {its name: number}, and of the whole model's, {"output": number}"""
+        layer's output for the dense model's tokens, {its name: number}, and of the whole model's, {"output": number},
+        unless the dense model's is zero, as that of a new head may be."""
         found = {}
         with evaluation_mode(self.model), evaluation_mode(sparse):
             for name, x_ND in self.inputs.items():
                 layers = [model.get_submodule(name) for model in (sparse, self.model)]
                 parts = x_ND.split(self.sizes[name] if layers[0].settings.per_image else TOKENS)
                 found[name] = _relative([[layer(part) for layer in layers] for part in parts])
-        pairs = zip(self._outputs(sparse), self.outputs, strict=True)
-        return {**found, "output": _relative([pair for batch in pairs for pair in zip(*batch, strict=True)])}
+        if any(tensor.any() for batch in self.outputs for tensor in batch):
+            pairs = zip(self._outputs(sparse), self.outputs, strict=True)
+            found["output"] = _relative([pair for batch in pairs for pair in zip(*batch, strict=True)])
+        return found
 
 
 def spherical_k_means(x_ND: Tensor, C: int) -> Tensor:
@@ -199,6 +202,6 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 
 def _relative(pairs: Sequence[Sequence[Tensor]]) -> float:
-    """|ours - theirs| / |theirs|; 0 if both are 0, as outputs of a new classifier may be."""
+    """|ours - theirs| / |theirs|; 0 if both are 0."""
     ours, theirs = (torch.cat([pair[side].flatten().float() for pair in pairs]) for side in (0, 1))
     return ((ours - theirs).norm() / theirs.norm().clamp(min=torch.finfo(theirs.dtype).tiny)).item()

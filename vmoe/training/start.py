@@ -40,8 +40,15 @@ def start_lines(
         yield task.guide.describe()
     yield f"weights: {'; '.join(_weights(model)) or config.model.pretrained or 'new'}"
     if far := dict(getattr(model, "upcycle_differences", {})):
-        whole, layers = far.pop("output"), f"{min(far.values()):.1%} to {max(far.values()):.1%}"
-        yield f"clusters: outputs differ by {whole:.1%} from the dense model's on their examples, of layers by {layers}"
+        whole = far.pop("output", None)
+        layers, other = (
+            f"{min(far.values()):.1%} to {max(far.values()):.1%}",
+            "from the dense model's on their examples",
+        )
+        if whole is None:
+            yield f"clusters: outputs of layers differ by {layers} {other}"
+        else:
+            yield f"clusters: outputs differ by {whole:.1%} {other}, of layers by {layers}"
 
 
 def _weights(model: nn.Module) -> Iterator[str]:
