@@ -653,6 +653,35 @@ def test_routers_of_whole_images_start_from_clusters_of_their_means():
     assert far == pytest.approx(float((layer(seen[0]) - theirs).norm() / theirs.norm()), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: x[:0], r"images must be \(B, C, H, W\) with B > 0, got \(0, 3, 32, 32\)"),
+        (lambda x: x[0], r"B > 0, got \(3, 32, 32\)"),
+        (list, r"B > 0, got \(3, 32, 32\)"),
+        (lambda x: (x[0], 1), r"B > 0, got \(3, 32, 32\)"),
+        (lambda x: {"image": x[0]}, r"B > 0, got \(3, 32, 32\)"),
+        (lambda x: [x, torch.zeros(3)], r"B > 0, got \(3,\)"),
+        (lambda x: x.to(torch.uint8), "images must be floating point, .* got torch.uint8"),
+        (lambda x: x.numpy(), "a batch must be a tensor, tuple or mapping, got ndarray"),
+        (lambda x: "data", "got str"),
+        (lambda x: 512, "got int"),
+        (lambda x: {"image": x.numpy()}, "got ndarray"),
+        (lambda x: {"pixel_values": x}, r"must have 'image', 'text' or 'patches', got the keys \['pixel_values'\]"),
+    ],
+)
+def test_a_calibration_in_another_form_is_refused(make, message):
+    with pytest.raises(ValueError, match=f"^calibration: .*{message}"):
+        vmoe.upcycle(tiny_vit(), 4, [1], calibration=make(images()))
+
+
+def test_a_calibration_takes_the_dtype_of_the_model():
+    dense = tiny_vit().bfloat16()
+    for batch in (images(), (images(), torch.zeros(3)), {"image": images().double()}, [[images(), torch.zeros(3)]]):
+        far = vmoe.upcycle(dense, 4, [1], calibration=batch, cluster_energy=1).upcycle_differences
+        assert max(far.values()) < 0.02
+
+
 def test_what_cannot_be_clustered_is_refused_and_zeros_are_left_out():
     dense = tiny_vit()
     for settings, message in [

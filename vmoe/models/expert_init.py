@@ -68,9 +68,10 @@ class Clusters:
     """
 
     def __init__(self, model: nn.Module, mlps: Iterable[str], batches: Any, energy: float) -> None:
-        if isinstance(batches, (Tensor, tuple, Mapping)):
+        if isinstance(batches, (Tensor, tuple, Mapping)) or not isinstance(batches, Iterable):
             batches = [batches]
-        self.model, self.energy, self.batches = model, energy, list(batches)
+        dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
+        self.model, self.energy, self.batches = model, energy, [_checked(batch, dtype) for batch in batches]
         found: dict[str, list[Tensor]] = {name: [] for name in mlps}
         self.sizes: dict[str, list[int]] = {name: [] for name in found}  # tokens of each image
 
@@ -191,6 +192,32 @@ def _truncated(weight_OI: Tensor, x_NI: Tensor, energy: float) -> Tensor:
         directions = F.normalize(outputs @ directions[:, :rank], dim=0)
     directions_OR = directions[:, :rank]
     return directions_OR @ (directions_OR.T @ weight_OI)
+
+
+def _checked(batch: Any, dtype: torch.dtype) -> Any:
+    """A batch in a form of `call`, its floating tensors in the model's dtype; ValueError: it has another form."""
+    first, *rest = batch if isinstance(batch, (tuple, list)) and batch else (batch,)
+    if isinstance(first, Mapping):
+        if not first.keys() & {"image", "text", "patches"}:
+            raise ValueError(f"calibration: a batch must have 'image', 'text' or 'patches', got the keys {list(first)}")
+        first = first.get("image")
+    if first is not None and not isinstance(first, Tensor):
+        raise ValueError(f"calibration: a batch must be a tensor, tuple or mapping, got {type(first).__name__}")
+    has_coordinates = any(getattr(each, "ndim", 0) > 1 for each in rest)
+    if first is not None and not (first.ndim == 3 and has_coordinates):  # such are patches
+        if first.ndim != 4 or not len(first):
+            raise ValueError(f"calibration: images must be (B, C, H, W) with B > 0, got {tuple(first.shape)}")
+        if not first.is_floating_point():
+            raise ValueError(f"calibration: images must be floating point, as transforms give them, got {first.dtype}")
+    return _cast(batch, dtype)
+
+
+def _cast(batch: Any, dtype: torch.dtype) -> Any:
+    if isinstance(batch, Mapping):
+        return {key: _cast(part, dtype) for key, part in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return tuple(_cast(part, dtype) for part in batch)
+    return batch.to(dtype) if isinstance(batch, Tensor) and batch.is_floating_point() else batch
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
