@@ -564,7 +564,9 @@ def test_several_models_that_differ_elsewhere_are_refused():
     for models, settings, message in [
         ([a, b, c], {}, r"models\[2\] differs from models\[0\] in blocks.0.mlp.act.weight, but may"),
         ([a, b], {"layers": [1]}, r"models\[1\] differs from models\[0\] in blocks.0.mlp.fc1.weight, but may"),
-        ([a, copy.deepcopy(b).double()], {}, r"models\[1\] differs from models\[0\] in cls_token"),
+        ([a, copy.deepcopy(b).double()], {}, r"models\[1\] has torch.float64, not torch.float32 as models\[0\]"),
+        ([a, vmoe.upcycle(b, layers=[1])], {}, r"models\[1\] is sparse; make it dense first with vmoe.densify"),
+        ([a, tiny_vit(drop_path_rate=0.3, act_layer="prelu")], {}, r"models\[1\] is not .*model.kwargs.drop_path_rate"),
         (
             [a, tiny_vit(num_heads=2, act_layer="prelu")],
             {},

@@ -135,6 +135,11 @@ def test_experts_of_several_runs_whose_routers_alone_are_trained(make_second, de
     settings, routers = {"others": [other.output_dir]}, {"train.freeze": '["*", "!*.router.*"]', "optim.lr": 0.1}
     with pytest.raises(ConfigError, match="pretrained_optimizer has the state of one model"):
         train(make_second("both", settings))
+    with pytest.raises(ConfigError, match=r"^model\.upcycle\.clusters are of one model's tokens, and others"):
+        train(make_second("both", settings | {"clusters": 4}, pretrained_optimizer=False))
+    differs = rf"model.upcycle: others: \[{other.output_dir}\] differs from {dense_run} in blocks.0.mlp.fc1.weight, but"
+    with pytest.raises(ConfigError, match=differs):
+        train(make_second("both", settings | {"layers": [1]}, pretrained_optimizer=False))
     train(both := make_second("both", settings, pretrained_optimizer=False, **routers))
     name, new = "blocks.1.mlp.fc1.weight", weights(both)
     dense, own = (create_model(pretrained=run).state_dict() for run in (dense_run, other.output_dir))

@@ -143,20 +143,28 @@ def _check_shared(models: Sequence[nn.Module], mlps: Iterable[str]) -> None:
     """UpcycleError: several models differ in more than what each expert has of its own."""
     layouts = {name: _layout(models[0], name) for name in mlps}
     own = [f"{name}.{part}." for name, each in layouts.items() for part in (*each.fc1, each.norm, each.fc2) if part]
-    first = named_tensors(models[0])
+    first, sparse = named_tensors(models[0]), _sparse_names(models[0])
     for number, other in enumerate(models[1:], start=1):
         if other is models[0]:  # also on the meta device, where tensors have no values to compare
             continue
+        if _sparse_names(other) - sparse:
+            raise UpcycleError(f"models[{number}] is sparse; make it dense first with vmoe.densify")
         if (problem := difference(models[0], other)) is not None:
-            raise UpcycleError(f"models[{number}] is not built like models[0]: {problem}")
+            remedy = "; build both with the same rates (model.kwargs.drop_path_rate, ...)" if "drop" in problem else ""
+            raise UpcycleError(f"models[{number}] is not built like models[0]: {problem}{remedy}")
         for name, tensor in named_tensors(other).items():
             mine = first[name]
-            same = tensor.dtype == mine.dtype and torch.equal(tensor.to(mine.device), mine)
-            if not (same or name.startswith(tuple(own))):
+            if tensor.dtype != mine.dtype:
+                raise UpcycleError(f"models[{number}] has {tensor.dtype}, not {mine.dtype} as models[0]: convert it")
+            if not (torch.equal(tensor.to(mine.device), mine) or name.startswith(tuple(own))):
                 raise UpcycleError(
                     f"models[{number}] differs from models[0] in {name}, but may differ in the MLPs of the chosen "
                     "layers alone: train only these (train.freeze), or choose more layers"
                 )
+
+
+def _sparse_names(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, SparseMoE)}
 
 
 def _routing_settings(user: dict, G: int, num_models: int) -> dict:

@@ -27,7 +27,10 @@ def make_sparse(model: nn.Module, config: ModelConfig, data: ImageDataset, kwarg
         calibration = examples(model, data, clusters) if clusters else None
         return upcycle(models, calibration=calibration, **settings)
     except ValueError as error:
-        raise ConfigError(f"model.upcycle: {error}") from error
+        message = str(error)
+        for number, source in enumerate([config.pretrained or config.name, *(f"others: [{each}]" for each in others)]):
+            message = message.replace(f"models[{number}]", source)
+        raise ConfigError(f"model.upcycle: {message}") from error
 
 
 def same_layers(model: nn.Module, given: dict[str, Any]) -> nn.Module:
@@ -47,6 +50,10 @@ def _read(given: dict[str, Any]) -> tuple[dict[str, Any], list[str], int]:
         raise ConfigError(f"model.upcycle.others must be a list of dense models' files or folders, got {others!r}")
     if type(clusters) is not int or clusters < 0:
         raise ConfigError(f"model.upcycle.clusters must be a whole number of examples, got {clusters!r}")
+    if others and clusters:
+        raise ConfigError(
+            "model.upcycle.clusters are of one model's tokens, and others are more: leave one of them out"
+        )
     return settings, others, clusters
 
 
