@@ -550,7 +550,7 @@ def test_each_of_several_models_gives_experts(name, G, tmp_path):
     for expert in (0, 3, 5):
         torch.testing.assert_close(vmoe.densify(sparse, expert).state_dict(), before[expert // 2], rtol=0, atol=0)
     assert len(routers(sparse)) == (4 if name == "CLIP" else 2)
-    assert vmoe.upcycle(models).get_submodule(routers(sparse)[0]).num_experts == 3
+    assert vmoe.upcycle(nn.ModuleList(models)).get_submodule(routers(sparse)[0]).num_experts == 3
     if name != "CLIP":
         save_pretrained(sparse, tmp_path / "m.safetensors")
         x = images(TIMM[name]["img_size"])
@@ -575,6 +575,8 @@ def test_several_models_that_differ_elsewhere_are_refused():
         ([a, b], {"num_experts": 6, "granularity": 2}, r"granularity \(2\) times the number of models \(2\), got 6"),
         ([a, b], {"calibration": images()}, "calibration clusters what one model sees, and there are 2"),
         ([], {}, r"models must be a model, or a list of some, got \[\]"),
+        (None, {}, r"got \['NoneType'\]"),
+        ([a, b.state_dict()], {}, r"got \['OrderedDict', 'VisionTransformer'\]"),
     ]:
         with pytest.raises(ValueError, match=message):
             vmoe.upcycle(models, **settings)

@@ -79,7 +79,8 @@ def upcycle(
     An UpcycleError for a model without known MLPs or with experts, or for models that differ elsewhere; a ValueError
     for a setting out of range.
     """
-    models = [models] if isinstance(models, nn.Module) else list(models)
+    is_one = isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
+    models = [models] if is_one or not isinstance(models, Iterable) else list(models)
     _check(models, calibration, tower, settings)
     _check_numbers(granularity, expert_noise, reinit, cluster_energy)
     model, several = models[0], len(models) > 1
@@ -126,7 +127,8 @@ def _check_numbers(granularity: int, expert_noise: float, reinit: float, cluster
 
 def _check(models: Sequence[nn.Module], calibration: Any, tower: str, settings: dict) -> None:
     if not models or not all(isinstance(model, nn.Module) for model in models):
-        raise ValueError(f"models must be a model, or a list of some, got {models!r:.100}")
+        types = sorted({type(model).__name__ for model in models})
+        raise ValueError(f"models must be a model, or a list of some, got {types}")
     for model in models:
         refuse_adapters(model)
     if calibration is not None and len(models) > 1:
