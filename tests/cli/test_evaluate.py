@@ -198,6 +198,24 @@ def test_several_checkpoints_are_one_ensemble(tree, classifier, tmp_path, capsys
     assert "ensemble needs several checkpoints" in capsys.readouterr().err
 
 
+def test_other_data_that_cannot_be_read_is_said_to_be(tree, classifier, tmp_path, capsys):
+    others = tmp_path / "others" / "any"
+    others.mkdir(parents=True)
+    (others / "bad.png").write_bytes(b"no image")
+    words = ["--config", "classification_folder", *folder_arguments(tree), "--loader.on_bad", "skip"]
+    words += ["--ood_data.path", str(others.parent)]
+    output = tmp_path / "result.json"
+    with pytest.raises(SystemExit):
+        main(arguments(classifier, output, *words))
+    assert "ood_data needs a type: set ood_data.type" in capsys.readouterr().err
+    words += ["--ood_data.type", "image_folder"]
+    assert main(arguments(classifier, output, *words)) == 1
+    assert "nothing to evaluate: the data set gave no sample (1 were skipped)" in capsys.readouterr().err
+    (others / "good.png").write_bytes(next((tree / "folder").glob("*/*.png")).read_bytes())
+    assert main(arguments(classifier, output, *words, "--loader.max_bad_share", "0.9")) == 0
+    assert json.loads(output.read_text())["results"]["num_ood_skipped"] == 1
+
+
 def test_unreadable_file_is_named_or_skipped(tree, classifier, tmp_path, capsys):
     for name in ("cat", "dog"):
         (tmp_path / "tree" / name).mkdir(parents=True)

@@ -155,15 +155,18 @@ def predict(
     return Predictions(index_N, **columns, num_classes=max(gather_lists([num_classes])), num_skipped=skipped)
 
 
-def confidences(score: Callable[[Tensor], Tensor], loader: Iterable[dict[str, Tensor]], device) -> Tensor:
-    """(N,) the largest probability of each image of a loader, of all processes, on the CPU; `score` as of `predict`."""
+def confidences(score: Callable[[Tensor], Tensor], loader: Iterable[dict[str, Tensor]], device) -> tuple[Tensor, int]:
+    """(N,) the largest probability of each image of a loader, of all processes, on the CPU, and how many were skipped;
+    `score` as of `predict`."""
     rows, count = Rows(), 0
     for batch in loader:
         confidence_B = together(score(images_on(device, batch))).softmax(dim=1).amax(dim=1)
         if "index" in batch or "label" in batch:  # a blank batch, without them, only keeps step with other processes
             rows.add(batch.get("index", torch.arange(count, count + len(confidence_B))), confidence_N=confidence_B)
             count += len(confidence_B)
-    return rows.gather()[1]["confidence_N"]
+    index_N, columns = rows.gather()
+    skipped = num_skipped(loader, len(index_N))
+    return columns["confidence_N"], skipped
 
 
 def num_skipped(loader: Iterable, num_read: int) -> int:

@@ -202,6 +202,8 @@ class EvaluationConfig:
 
         if self.loader.naflex is not None and self.task != "classification":
             raise ConfigError(f"loader.naflex is for task 'classification', and task is {self.task!r}; leave it out")
+        if self.ood_data.type is None and self.ood_data != SourceConfig():
+            raise ConfigError("ood_data needs a type: set ood_data.type, such as image_folder")
         if self.task != "classification" and (self.ensemble or self.ood_data.type is not None):
             name = "ensemble" if self.ensemble else "ood_data"
             raise ConfigError(f"{name} is for task classification, and task is {self.task!r}; leave it out")

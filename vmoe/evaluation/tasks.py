@@ -46,14 +46,15 @@ logger = logging.getLogger("vmoe.evaluation")
 def classify(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, console: Console) -> Outcome:
     """Tasks "classification" and "zero_shot": accuracy and calibration, also of each class and condition."""
     loader = eval_loader(dataset, loaded.transform, None, config.loader)
+    ood_data = None if config.ood_data.type is None else build_dataset(config.ood_data)  # a mistake there comes first
     with evaluating(loaded.model, loaded.device, loaded.precision):
         score, batches = class_scores(config, loaded, dataset), Progress(loader, config.task, console)
         predictions = predict(score, batches, device=loaded.device, label_sets=dataset.label_sets)
         found = {}
-        if config.ood_data.type is not None:
-            others = eval_loader(build_dataset(config.ood_data), loaded.transform, None, config.loader)
-            batches = Progress(others, "ood_data", console)
-            found = separation(predictions.confidence_N, confidences(score, batches, loaded.device))
+        if ood_data is not None:
+            batches = Progress(eval_loader(ood_data, loaded.transform, None, config.loader), "ood_data", console)
+            confidence_N, skipped = confidences(score, batches, loaded.device)
+            found = {**separation(predictions.confidence_N, confidence_N), "num_ood_skipped": skipped}
     outcome = classification_outcome(predictions, dataset, loader.skipped_paths, config.output is not None)
     return outcome._replace(results=outcome.results | found)
 
