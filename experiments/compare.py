@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+FEWEST_SEEDS = 3  # for a difference to be clear
 EXACT_BELOW = 25  # images of which only one run is right
 
 
@@ -21,9 +22,14 @@ class Estimate(NamedTuple):
     seeds: int
 
     @property
+    def has_enough(self) -> bool:
+        """Whether there are seeds enough to call a difference clear or not."""
+        return self.seeds >= FEWEST_SEEDS
+
+    @property
     def is_clear(self) -> bool:
-        """Whether it is more than two standard errors from 0."""
-        return self.error is not None and abs(self.mean) > 2 * self.error
+        """Whether it is more than two standard errors from 0, which two seeds cannot tell."""
+        return self.has_enough and abs(self.mean) > 2 * self.error
 
 
 def estimate(values: Sequence[float]) -> Estimate:

@@ -30,8 +30,9 @@ MADE = (
 )
 METHOD = (
     "Values are means over seeds ± their standard error. A difference is taken seed by seed, since runs of one seed "
-    "share the order of the data, and then averaged: it is called clear if it is more than two standard errors from 0. "
-    'With three seeds that is weak evidence for a single row, and of many rows some are clear by chance. "p, images" '
+    "share the order of the data, and then averaged: it is called clear if there are at least three seeds and it is "
+    "more than two standard errors from 0. With three seeds that is weak evidence for a single row, and of many rows "
+    'some are clear by chance. "p, images" '
     "is the probability that two equally good runs differ so much by the choice of the validation images: McNemar's "
     "test, with an image's differences summed over the seeds. Accuracies, and differences of them, are in percent. "
     "GFLOPs are of the forward pass of one image, two for a multiply-add. images/s and minutes are of training, as "
@@ -149,16 +150,16 @@ def verdict(results: Results) -> str:
     if not found:
         return f"{leader}."
     sign = 1 if results.higher else -1
-    groups: dict[str, list[str]] = {"better": [], "worse": [], "open": [], "single": []}
+    groups: dict[str, list[str]] = {"better": [], "worse": [], "open": [], "few": []}
     for run, one in sorted(found.items(), key=lambda item: -sign * item[1].mean):
         clear = "better" if sign * one.mean > 0 else "worse"
-        kind = "single" if one.error is None else clear if one.is_clear else "open"
+        kind = "few" if not one.has_enough else clear if one.is_clear else "open"
         groups[kind].append(f"{run} ({show(one, metric, signed=True)})")
     said = {
         "better": f"clearly {words[0]} than {base}",
         "worse": f"clearly {words[1]} than {base}",
         "open": f"not clearly different from {base}",
-        "single": f"against {base} with one seed",
+        "few": f"against {base} with one or two seeds",
     }
     parts = [f"{said[kind]}: {some(runs)}" for kind, runs in groups.items() if runs]
     if not groups["better"] and (groups["worse"] or groups["open"]):

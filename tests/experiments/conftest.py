@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from experiments import launch, records, report
+from experiments import compare, launch, records, report
 
 # As experiments.worker, but it only writes the files of a finished run; what it does besides is set by `act`.
 WORKER = """
@@ -51,6 +51,7 @@ CONTENT = {
 def lab(tmp_path, monkeypatch):
     """`write(**changes)` makes lab.yaml; `launch(*words)` and `report(*words)` are the commands on it."""
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(compare, "FEWEST_SEEDS", 2)  # runs take time
     monkeypatch.setattr(report, "draw", lambda _, file: (file.parent.mkdir(exist_ok=True), file.touch()))  # takes long
     output, file, page = tmp_path / "runs", tmp_path / "lab.yaml", tmp_path / "docs" / "results.md"
 

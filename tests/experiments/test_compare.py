@@ -23,11 +23,12 @@ def test_the_standard_error_is_that_of_a_mean():
 
 
 def test_a_difference_is_paired_by_seed():
-    found = difference({0: 0.5, 1: 0.7, 5: 9.0}, {0: 0.4, 1: 0.6, 2: 0.0})
-    assert (found.mean, found.error, found.seeds) == (pytest.approx(0.1), pytest.approx(0, abs=1e-12), 2)
+    found = difference({0: 0.5, 1: 0.7, 3: 0.2, 5: 9.0}, {0: 0.4, 1: 0.6, 2: 0.0, 3: 0.1})
+    assert (found.mean, found.error, found.seeds) == (pytest.approx(0.1), pytest.approx(0, abs=1e-12), 3)
     assert found.is_clear
     assert not estimate([0.1]).is_clear
-    assert not estimate([-1.0, 1.1]).is_clear
+    assert not estimate([0.1, 0.1]).is_clear  # two seeds are too few
+    assert not estimate([-1.0, 1.1, 0.1]).is_clear
     assert difference({0: 1.0}, {1: 1.0}) is None
 
 

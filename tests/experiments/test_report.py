@@ -78,7 +78,7 @@ def test_many_runs_are_counted_and_one_seed_is_not_clear(lab, capsys):
     lab.launch()
     assert lab.report() == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "against dense, lr=0.1 with one seed: sparse, lr=0.1 (+10.00)," in said
+    assert "against dense, lr=0.1 with one or two seeds: sparse, lr=0.1 (+10.00)," in said
     assert "and 2 others." in said
     assert "clearly" not in said
 
