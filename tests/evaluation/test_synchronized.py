@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import vmoe
+from vmoe.evaluation import synchronized
 from vmoe.evaluation.synchronized import Rows
 from vmoe.models.factory import save_pretrained
 
@@ -158,3 +159,21 @@ def test_rows_come_in_the_order_of_the_data():
     assert index.tolist() == [0, 2, 3]
     assert rows["a"].tolist() == [0, 20, 30]
     assert rows["b"].argmax(1).tolist() == [1, 2, 0]
+
+
+def test_a_blank_batch_of_patches_is_of_real_ones_in_the_first_position(monkeypatch):
+    """Of a process that has no batch left, while another has."""
+    image = {"patches": torch.rand(5, 6, 192), "patch_coord": torch.randint(2, 9, (5, 6, 2))}
+    image["patch_valid"] = torch.rand(5, 6) < 0.5
+    theirs = [{name: part[:1].to("meta") for name, part in image.items()}, None]
+    monkeypatch.setattr(synchronized, "world", lambda: (1, 2))
+    monkeypatch.setattr(synchronized, "is_sharded", lambda model: True)
+    monkeypatch.setattr(synchronized, "gather_lists", lambda own: [(None, theirs.pop(0)), *own])
+    [batch] = synchronized.SynchronizedBatches([], torch.nn.Identity())
+    assert batch.keys() == {"image"}
+    assert {name: (part.shape, part.dtype) for name, part in batch["image"].items()} == {
+        name: (part[:1].shape, part.dtype) for name, part in image.items()
+    }
+    assert batch["image"]["patch_valid"].all()
+    assert not batch["image"]["patches"].any()
+    assert not batch["image"]["patch_coord"].any()

@@ -41,7 +41,7 @@ class SynchronizedBatches:
     """The batches of a loader, in step with the loaders of the other processes; with one process, just the batches.
 
     If the model is sharded, all processes get equally many batches. One that has none left gets a blank one,
-    {"image": ones}, without the other keys. If one process cannot read its batch, all raise SharedError.
+    {"image": zeros}, without the other keys. If one process cannot read its batch, all raise SharedError.
     """
 
     def __init__(self, loader: Iterable[dict[str, Tensor]], model: nn.Module) -> None:
@@ -74,7 +74,9 @@ class SynchronizedBatches:
             if batch is not None:
                 yield batch
             elif self.blanks:
-                yield {"image": tree_map(lambda part: torch.ones_like(part, device="cpu"), blanks[0])}
+                # Zeros, and where patches are marked as real, true: all of them are in the first position.
+                blank = tree_map(lambda part: torch.full_like(part, part.dtype == torch.bool, device="cpu"), blanks[0])
+                yield {"image": blank}
 
 
 def equal_shares(parts: list[Any], model: nn.Module) -> list[tuple[Any, bool]]:
