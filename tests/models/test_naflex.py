@@ -1,5 +1,8 @@
 """V-MoE and upcycled ViTs on images of any sizes: padding and other images of the batch change nothing."""
 
+import copy
+import pickle
+
 import pytest
 import timm
 import torch
@@ -140,6 +143,8 @@ def test_files_folders_and_timms_interface(tmp_path):
     image, file = torch.randn(1, 3, 24, 40), tmp_path / "model.safetensors"
     for model in (make(pos_embed="rope"), upcycled()):
         model.reset_classifier(3, "max")
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert getattr(other._forward_embeds, "args", (other,))[0] is other  # and not the model it is a copy of
         vmoe.save_pretrained(model, file)
         assert torch.equal(vmoe.create_model(pretrained=file).eval()(image), model(image))
     vmoe.save_pretrained(vmoe.densify(model), file)  # of timm's classes again

@@ -9,6 +9,7 @@ Shapes, by suffix: B batch, N patches, padding included, T prefix tokens + N, D 
 
 import math
 from collections.abc import Collection, Sequence
+from functools import partial
 
 import torch
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
@@ -64,54 +65,59 @@ class PaddedEvaBlock(EvaBlock):
         return x_BTD + self.drop_path2(h_BTD if self.gamma_2 is None else self.gamma_2 * h_BTD)
 
 
-class PaddedNaFlexVit(NaFlexVit):
-    """timm's model, which checks its input, and sets padding to zero: what it holds, NaN too, changes nothing."""
+def embed_padded(
+    vit: NaFlexVit, x: Tensor, patch_coord: Tensor | None, patch_valid: Tensor | None, attn_mask: Tensor | None
+) -> dict[str, Tensor]:
+    """timm's `_forward_embeds` with checked input, and padding set to zero: what it holds, NaN too, changes nothing.
+    ValueError: an image without a patch, or of a size that patches do not fill."""
+    if patch_coord is None:
+        _check_size(vit.embeds, x)
+    elif patch_valid is not None:
+        patch_valid = patch_valid.bool()
+        if not torch.compiler.is_compiling() and not patch_valid.any(dim=1).all():
+            raise ValueError("patch_valid has an image without a real patch: leave such images out of the batch")
+        x = torch.where(patch_valid.view(*patch_valid.shape, *[1] * (x.ndim - 2)), x, 0)
+        patch_coord = patch_coord * patch_valid[..., None]  # the largest are the size of the grid
+    if attn_mask is not None and attn_mask.ndim == 4:
+        attn_mask = attn_mask.expand(len(x), -1, -1, -1)  # the experts need each image's
+    return NaFlexVit._forward_embeds(vit, x, patch_coord, patch_valid, attn_mask)
 
-    def _forward_embeds(
-        self, x: Tensor, patch_coord: Tensor | None, patch_valid: Tensor | None, attn_mask: Tensor | None
-    ) -> dict[str, Tensor]:
-        """As timm's; ValueError: an image without a patch, or of a size that patches do not fill."""
-        if patch_coord is None:
-            self._check_size(x)
-        elif patch_valid is not None:
-            patch_valid = patch_valid.bool()
-            if not torch.compiler.is_compiling() and not patch_valid.any(dim=1).all():
-                raise ValueError("patch_valid has an image without a real patch: leave such images out of the batch")
-            x = torch.where(patch_valid.view(*patch_valid.shape, *[1] * (x.ndim - 2)), x, 0)
-            patch_coord = patch_coord * patch_valid[..., None]  # the largest are the size of the grid
-        if attn_mask is not None and attn_mask.ndim == 4:
-            attn_mask = attn_mask.expand(len(x), -1, -1, -1)  # the experts need each image's
-        return super()._forward_embeds(x, patch_coord, patch_valid, attn_mask)
 
-    def _check_size(self, x: Tensor) -> None:
-        if x.ndim != 4:
-            shape = f"a tensor {tuple(x.shape)} is no batch of images (B, C, H, W)"
-            raise ValueError(f"{shape}: patches come with patch_coord and patch_valid")
-        (height, width), (rows, columns) = x.shape[-2:], self.embeds.patch_size
-        small = height < rows or width < columns
-        if small or (not self.embeds.dynamic_img_pad and (height % rows or width % columns)):
-            problem = "is smaller than a patch" if small else "does not consist of whole patches"
-            raise ValueError(f"an image of {width} x {height} pixels {problem} ({columns} x {rows}): resize it")
+def _check_size(embeds: nn.Module, x: Tensor) -> None:
+    if x.ndim != 4:
+        shape = f"a tensor {tuple(x.shape)} is no batch of images (B, C, H, W)"
+        raise ValueError(f"{shape}: patches come with patch_coord and patch_valid")
+    (height, width), (rows, columns) = x.shape[-2:], embeds.patch_size
+    small = height < rows or width < columns
+    if small or (not embeds.dynamic_img_pad and (height % rows or width % columns)):
+        problem = "is smaller than a patch" if small else "does not consist of whole patches"
+        raise ValueError(f"an image of {width} x {height} pixels {problem} ({columns} x {rows}): resize it")
 
 
 # timm's classes, and what they become in a model with experts.
-_PADDED = {NaFlexVit: PaddedNaFlexVit, Block: PaddedBlock, EvaBlock: PaddedEvaBlock}
+_PADDED = {Block: PaddedBlock, EvaBlock: PaddedEvaBlock}
 _PLAIN = {padded: plain for plain, padded in _PADDED.items()}
 
 
 def pass_padding_on(model: nn.Module, mlps: Collection[nn.Module] = ()) -> None:
     """Lets the experts in all NaFlexVit of `model`, and `mlps`, see which tokens are padding; what has neither becomes
-    timm's again. ValueError: experts in another class than timm's own."""
+    timm's again. ValueError: experts in blocks of another class than timm's two."""
+
+    def holds_experts(part: nn.Module) -> bool:
+        return any(isinstance(each, SparseMoE) or each in mlps for each in part.modules())
+
     for vit in [module for module in model.modules() if isinstance(module, NaFlexVit)]:
-        for part in (vit, *vit.blocks):
-            sparse = any(isinstance(each, (SparseMoE, NaFlexVisionMoE)) or each in mlps for each in part.modules())
-            table = _PADDED if sparse else _PLAIN
-            part.__class__ = table.get(type(part), type(part))
-            if sparse and not isinstance(part, tuple(_PLAIN)):
-                raise ValueError(f"experts in a {type(part).__name__} would not see padding: take timm's own class")
+        vars(vit).pop("_forward_embeds", None)
+        if holds_experts(vit) and not isinstance(vit, NaFlexVisionMoE):
+            vit._forward_embeds = partial(embed_padded, vit)  # the model keeps its class
+        for block in vit.blocks:
+            table = _PADDED if holds_experts(block) else _PLAIN
+            block.__class__ = table.get(type(block), type(block))
+            if table is _PADDED and not isinstance(block, tuple(_PLAIN)):
+                raise ValueError(f"experts in a {type(block).__name__} would not see padding: leave block_fn out")
 
 
-class NaFlexVisionMoE(PaddedNaFlexVit):
+class NaFlexVisionMoE(NaFlexVit):
     """timm's NaFlexVit with experts in some blocks; padding takes no capacity and counts in no loss.
 
     Routing groups of `group_size` are cut with the padding inside: for expert choice, soft routing and top-k with a
@@ -158,6 +164,9 @@ class NaFlexVisionMoE(PaddedNaFlexVit):
             without_fused_attention(self)
         if chosen:
             self.init_weights(needs_reset=False)
+
+    def _forward_embeds(self, *args, **kwargs) -> dict[str, Tensor]:
+        return embed_padded(self, *args, **kwargs)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
