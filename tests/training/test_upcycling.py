@@ -167,7 +167,7 @@ def test_a_run_starts_from_clusters_of_its_training_data(make_second):
     settings = {**ALL, "clusters": 12, "cluster_energy": 1}
     train(sparse := make_second("sparse", settings, **one), console)
     assert metrics(sparse, "task_loss")[0] == pytest.approx(metrics(dense, "task_loss")[0], abs=1e-4)
-    assert "clusters: outputs differ by 0.0% from the dense model's on their examples" in console.export_text()
+    assert "from the dense model's on their examples, of the model by 0.0%" in console.export_text()
     torch.testing.assert_close(weights(sparse)["blocks.1.mlp.router.weight"].norm(dim=1), torch.ones(4))
     train(make_second("sparse", settings, **one | {"train.steps": 2}))  # continues without them
     for key, value in (("clusters", -1), ("others", "a")):

@@ -41,14 +41,9 @@ def start_lines(
     yield f"weights: {'; '.join(_weights(model)) or config.model.pretrained or 'new'}"
     if far := dict(getattr(model, "upcycle_differences", {})):
         whole = far.pop("output", None)
-        layers, other = (
-            f"{min(far.values()):.1%} to {max(far.values()):.1%}",
-            "from the dense model's on their examples",
-        )
-        if whole is None:
-            yield f"clusters: outputs of layers differ by {layers} {other}"
-        else:
-            yield f"clusters: outputs differ by {whole:.1%} {other}, of layers by {layers}"
+        layers = f"outputs of layers differ by {min(far.values()):.1%} to {max(far.values()):.1%}"
+        ending = "" if whole is None else f", of the model by {whole:.1%}"
+        yield f"clusters: {layers} from the dense model's on their examples{ending}"
 
 
 def _weights(model: nn.Module) -> Iterator[str]:
