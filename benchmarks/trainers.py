@@ -1,10 +1,11 @@
 """CPU time of an image in train.py, timm's train.py and open_clip's trainer: `python -m benchmarks.trainers --help`.
 
 Both of a pair train the same model on the same JPEG files, with the same crops, batches, optimizer and number of
-workers. A run of few steps and one of many are timed, and their difference is divided by the images between them, so
-imports, the first batch, the evaluation and the last checkpoint do not count. CPU time is that of all processes of a
-run; other work on the machine changes it little. timm's scripts are not in its package: --timm_scripts names a checkout
-of https://github.com/huggingface/pytorch-image-models; without it those pairs are skipped.
+workers; each epoch ends with a checkpoint, and a classifier's with an evaluation. A run of one epoch and one of several
+are timed, and their difference is divided by the images between them, so imports and the first epoch do not count.
+train.py keeps decoded images (`data.cache: memory`), which the others do not have. CPU time is that of all processes of
+a run; other work on the machine changes it little. timm's scripts are not in its package: --timm_scripts names a
+checkout of https://github.com/huggingface/pytorch-image-models; without it those pairs are skipped.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -51,7 +53,7 @@ def cpu_seconds(command: Sequence[str], threads: int) -> float:
 
 
 def write_images(folder: Path, number: int) -> None:
-    """`number` images in class folders, and a table of them with captions."""
+    """`number` images in class folders, one of each class to evaluate on, and a table of them with captions."""
     with open(folder / "pairs.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(("image", "caption"))
@@ -60,25 +62,36 @@ def write_images(folder: Path, number: int) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(photograph(index))
             table.writerow((path, f"photo number {index} of class {index % CLASSES}"))
+            if index < CLASSES:
+                (folder / "validation" / path.parent.name).mkdir(parents=True)
+                shutil.copy(path, folder / "validation" / path.parent.name)
 
 
-def ours(folder: Path, number: int, args: argparse.Namespace, task: str, name: str, **kwargs: int) -> list[str]:
-    """train.py on `number` images."""
+def ours(folder: Path, epochs: int, args: argparse.Namespace, task: str, name: str, **kwargs: int) -> list[str]:
+    """train.py for some epochs."""
     contrastive = task == "contrastive"
-    source = {"type": "pairs", "path": str(folder / "pairs.csv")}
-    source = source if contrastive else {"type": "image_folder", "path": str(folder / "train")}
+    pairs = {"train": {"type": "pairs", "path": str(folder / "pairs.csv")}}
+    parts = {"train": "train", "val": "validation"}
+    folders = {key: {"type": "image_folder", "path": str(folder / part)} for key, part in parts.items()}
     crop = {"scale": [0.9, 1.0], "hflip": 0.0} if contrastive else {"scale": [0.08, 1.0], "hflip": 0.5}
-    steps = number // args.batch
+    epoch = args.images // args.batch
     config = {
         "task": task,
         "device": "cpu",
         "model": {"name": name, "kwargs": kwargs},
         "data": {
-            "train": source,
+            **(pairs if contrastive else folders),
+            "cache": "memory",
             "loader": {"batch_size": args.batch, "num_workers": args.workers},
             "augmentation": {**crop, "ratio": [0.75, 4 / 3]},
         },
-        "train": {"steps": steps, "precision": "float32", "log_every": 50, "checkpoint_every": steps},
+        "train": {
+            "steps": epochs * epoch,
+            "precision": "float32",
+            "log_every": 50,
+            "checkpoint_every": epoch,
+            "eval_every": 0 if contrastive else epoch,
+        },
         "optim": {"name": "adamw", "lr": RATE, "weight_decay": DECAY, "schedule": "cosine", "warmup_steps": 0},
     }
     file = folder / "config.yaml"
@@ -87,43 +100,31 @@ def ours(folder: Path, number: int, args: argparse.Namespace, task: str, name: s
     return [sys.executable, str(ROOT / "train.py"), "--config", str(file), "--output_dir", run]
 
 
-def timm_script(folder: Path, number: int, args: argparse.Namespace, name: str, more: list[str]) -> list[str]:
-    """timm's train.py on `number` images: an epoch of a folder that holds so many."""
-    part = folder / f"part{number}"
-    for index in range(number):
-        link = part / "train" / f"class{index % CLASSES}" / f"{index:06}.jpg"
-        link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.exists():
-            link.symlink_to(folder / "train" / link.parent.name / link.name)
-    if not (part / "validation").exists():  # it wants some
-        (part / "validation").symlink_to(folder / "few", target_is_directory=True)
-    words = f"--model {name} --num-classes {CLASSES} --device cpu -b {args.batch} -j {args.workers} --epochs 1"
+def timm_script(folder: Path, epochs: int, args: argparse.Namespace, name: str, more: list[str]) -> list[str]:
+    """timm's train.py for some epochs."""
+    words = f"--model {name} --num-classes {CLASSES} --device cpu -b {args.batch} -j {args.workers} --epochs {epochs}"
     words += f" --opt adamw --lr {RATE} --weight-decay {DECAY} --sched cosine --warmup-epochs 0 --color-jitter 0"
     words += " --train-interpolation bicubic"
-    words += f" --log-interval 50 --data-dir {part} --output {tempfile.mkdtemp(dir=folder)}"
+    words += f" --log-interval 50 --data-dir {folder} --output {tempfile.mkdtemp(dir=folder)}"
     return [sys.executable, str(args.timm_scripts / "train.py"), *words.split(), *more]
 
 
-def open_clip_trainer(folder: Path, number: int, args: argparse.Namespace) -> list[str]:
-    """open_clip's trainer on `number` images: an epoch of the table's first rows."""
-    table = folder / f"pairs{number}.csv"
-    lines = (folder / "pairs.csv").read_text().splitlines()
-    table.write_text("\n".join(lines[: number + 1]) + "\n")
+def open_clip_trainer(folder: Path, epochs: int, args: argparse.Namespace) -> list[str]:
+    """open_clip's trainer for some epochs."""
     words = f"--dataset-type csv --csv-separator , --csv-img-key image --csv-caption-key caption --model {LIMOE}"
-    words += f" --batch-size {args.batch} --workers {args.workers} --epochs 1 --warmup 0 --precision fp32 --device cpu"
-    words += f" --lr {RATE} --wd {DECAY} --log-every-n-steps 50 --logs {tempfile.mkdtemp(dir=folder)}"
-    return [sys.executable, "-c", OPEN_CLIP, "--train-data", str(table), *words.split()]
+    words += f" --batch-size {args.batch} --workers {args.workers} --epochs {epochs} --warmup 0 --precision fp32"
+    words += f" --device cpu --lr {RATE} --wd {DECAY} --log-every-n-steps 50 --logs {tempfile.mkdtemp(dir=folder)}"
+    return [sys.executable, "-c", OPEN_CLIP, "--train-data", str(folder / "pairs.csv"), *words.split()]
 
 
 def measure_pair(session: Session, pair: str, commands: dict[str, Callable[[int], list[str]]]) -> None:
     """Rows of one pair: CPU milliseconds of an image, and images per CPU second relative to the other trainer."""
     args = session.args
-    few, many = (steps * args.batch for steps in (args.few, args.many))
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(args.rounds):
         for name, command in commands.items():
-            used = [cpu_seconds(command(number), args.threads or 1) for number in (few, many)]
-            seconds[name].append((used[1] - used[0]) / (many - few))
+            one, all_of_them = (cpu_seconds(command(epochs), args.threads or 1) for epochs in (1, args.epochs))
+            seconds[name].append((all_of_them - one) / (args.epochs - 1) / args.images)
     own, other = commands
     for name in commands:
         row = {"comparison": pair, "name": name, "cpu_ms_per_image": spread([1e3 * one for one in seconds[name]])}
@@ -139,23 +140,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", nargs="+", choices=[*CLASSIFIERS, "LIMoE"], default=[*CLASSIFIERS, "LIMoE"])
     parser.add_argument("--batch", type=int, default=32, help="images of a step (%(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes that read images (%(default)s)")
-    parser.add_argument("--few", type=int, default=4, help="steps of the short run (%(default)s)")
-    parser.add_argument("--many", type=int, default=84, help="steps of the long run (%(default)s)")
+    parser.add_argument("--images", type=int, default=1280, help="images of an epoch (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of the long run (%(default)s)")
     session = Session("trainers", parser, argv, compiles=False)
     args = session.args
-    if not 0 < args.few < args.many:
-        parser.error(f"--many must be more than --few, got {args.many} and {args.few}")
+    if args.epochs < 2:
+        parser.error(f"--epochs must be at least 2, got {args.epochs}")
+    if args.images < CLASSES or args.images % args.batch:
+        parser.error(f"--images must be at least {CLASSES} and a multiple of --batch, got {args.images}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_images(folder, args.many * args.batch)
-        for index in range(CLASSES):  # an image of each class
-            (folder / "few" / f"class{index}").mkdir(parents=True)
-            (folder / "few" / f"class{index}" / "0.jpg").write_bytes(photograph(index))
+        write_images(folder, args.images)
         for pair in args.pairs:
             if pair == "LIMoE":
                 commands = {
-                    "train.py": lambda number: ours(folder, number, args, "contrastive", LIMOE),
-                    "open_clip's trainer": lambda number: open_clip_trainer(folder, number, args),
+                    "train.py": lambda epochs: ours(folder, epochs, args, "contrastive", LIMOE),
+                    "open_clip's trainer": lambda epochs: open_clip_trainer(folder, epochs, args),
                 }
             elif args.timm_scripts is None:
                 session.note(f"{pair}: skipped, since --timm_scripts was not given.")
@@ -165,8 +165,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if kwargs:
                     more = [*more, "--model-kwargs", *(f"{key}={value}" for key, value in kwargs.items())]
                 commands = {
-                    "train.py": lambda number: ours(folder, number, args, "classification", model, **kwargs),  # noqa: B023
-                    "timm's train.py": lambda number: timm_script(folder, number, args, model, more),  # noqa: B023
+                    "train.py": lambda epochs: ours(folder, epochs, args, "classification", model, **kwargs),  # noqa: B023
+                    "timm's train.py": lambda epochs: timm_script(folder, epochs, args, model, more),  # noqa: B023
                 }
             measure_pair(session, pair, commands)
     session.finish()
