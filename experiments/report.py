@@ -1,4 +1,4 @@
-"""Writes docs/results.md and the README's table from the records of all experiments: `python -m experiments.report`.
+"""Writes docs/results.md and other pages' tables from the records of all experiments: `python -m experiments.report`.
 
 With --check nothing is written; the exit code is 1 if they are out of date.
 """
@@ -21,8 +21,8 @@ from experiments.results import Results
 from vmoe.utils.files import atomic_file
 
 PAGE = ROOT / "docs" / "results.md"
-README = ROOT / "README.md"
-README_TABLE = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+WITH_TABLES = (ROOT / "README.md", ROOT / "docs" / "choosing.md")  # between marks
+MARKED = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 MADE = (
     "`python -m experiments.report` generates this page from `experiments/*.yaml` and the records in "
     "`experiments/results`; do not edit it by hand. [experiments/README.md](../experiments/README.md) says how to run "
@@ -83,20 +83,18 @@ def section(results: Results) -> Iterator[str]:
     yield "\n".join(["<details><summary>Command of each row</summary>", "", "```", *commands, "```", "", "</details>"])
 
 
-def readme_with_tables(text: str, results: Sequence[Results]) -> str:
-    """The README with what the records say, between its marks "results of EXPERIMENT"."""
+def with_tables(file: Path, results: Sequence[Results]) -> str:
+    """The text of a page with what the records say, between its marks "results of EXPERIMENT"."""
     known = {one.name: one for one in results}
 
     def between(found: re.Match) -> str:
         if found[2] not in known:
-            raise ValueError(
-                f"{README.name}: no experiment is called {found[2]!r}; a mark names a file of experiments/"
-            )
+            raise ValueError(f"{file.name}: no experiment is called {found[2]!r}; a mark names a file of experiments/")
         one = known[found[2]]
         said = prose(f"{one.experiment.question} {verdict(one)}")
         return f"{found[1]}{said}\n\n{table(one, short=True)}\n\n{found[3]}"
 
-    return README_TABLE.sub(between, text)
+    return MARKED.sub(between, file.read_text(encoding="utf-8"))
 
 
 def table(results: Results, short: bool = False) -> str:
@@ -243,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = [one for one in results if args.experiments or not one.experiment.draft]
         pages = {args.output: page(results)}
         if args.output == PAGE and not args.experiments:
-            pages[README] = readme_with_tables(README.read_text(encoding="utf-8"), results)
+            pages |= {file: with_tables(file, results) for file in WITH_TABLES}
         return check(pages, args.output, results) if args.check else write(pages, args.output, results)
     except (ValueError, OSError) as error:
         print(f"experiments.report: error: {error}", file=sys.stderr)

@@ -262,18 +262,20 @@ def test_the_committed_page_is_what_the_committed_records_give():
     assert report.main(["--check"]) == 0
 
 
-def test_the_readme_gets_a_short_table_between_its_marks(lab, tmp_path):
+def test_a_page_gets_a_short_table_between_its_marks(lab, tmp_path):
     lab.launch()
     results = [report.Results(lab.file, lab.runs)]
-    text = report.readme_with_tables("Before.\n<!-- results of lab -->\nold\n<!-- end of results -->\nAfter.", results)
+    file = tmp_path / "README.md"
+    file.write_text("Before.\n<!-- results of lab -->\nold\n<!-- end of results -->\nAfter.")
+    text = report.with_tables(file, results)
     assert results[0].experiment.question in text
     assert "old" not in text
     assert "| run | seeds | top1 | difference to dense | parameters | active | GFLOPs |" in text
     assert text.endswith("\n<!-- end of results -->\nAfter.")
-    assert report.readme_with_tables(text, results) == text  # a second time changes nothing
-    file = tmp_path / "README.md"
     file.write_text(text)
+    assert report.with_tables(file, results) == text  # a second time changes nothing
     assert report.check({file: text}, lab.page, []) == 0
     assert report.check({file: text + " "}, lab.page, []) == 1
-    with pytest.raises(ValueError, match="no experiment is called 'other'; a mark names a file of experiments/"):
-        report.readme_with_tables(text.replace("results of lab", "results of other"), results)
+    file.write_text(text.replace("results of lab", "results of other"))
+    with pytest.raises(ValueError, match="README.md: no experiment is called 'other'; a mark names a file"):
+        report.with_tables(file, results)
