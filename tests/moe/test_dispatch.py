@@ -88,6 +88,13 @@ def test_many_terms_are_not_rounded_one_by_one(dtype, error):
     assert (found - exact).square().mean().sqrt() <= error * exact.square().mean().sqrt()
 
 
+def test_a_dropped_choice_reads_no_row():
+    plan = plan_dispatch(torch.tensor([[[0, 1], [0, 2], [0, 1]]]), 3, capacity=1)  # 3 rows: the first token's, one more
+    y = torch.tensor([[math.inf], [math.nan], [3.0]])
+    found = combine(y, torch.full((1, 3, 2), 0.5), plan)
+    assert torch.equal(found.nan_to_num(-1), torch.tensor([[[-1.0], [1.5], [0.0]]]))
+
+
 def test_gradients_of_dispatch_and_combine():
     torch.manual_seed(0)
     gates = torch.randn(2, 7, 3, dtype=torch.float64).softmax(-1)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vmoe.moe.transforms import apply, may_ask, transformable, zeros_if_none
@@ -265,18 +266,24 @@ def dispatch(x_GND: Tensor, plan: DispatchPlan) -> Tensor:
 def combine(y_RD: Tensor, combine_weights_GNK: Tensor, plan: DispatchPlan) -> Tensor:
     """The rows brought back to their tokens, in their type: y_n = sum_k w_nk · expert_k(x_n), (G, N, D)."""
     G, N, K = plan.shape
-    y_AD = gather_rows(y_RD, plan.row_A, plan.assignment_R[:, None], plan.may_drop, plan.may_pad)
     weight_SK = combine_weights_GNK.reshape(G * N, K).to(y_RD.dtype)
-    return apply(_WeightedSum, y_AD.view(G * N, K, y_RD.shape[1]), weight_SK).view(G, N, y_RD.shape[1])
+    index = (plan.row_A.view(G * N, K), plan.assignment_R, plan.may_drop, plan.may_pad)
+    y_SD = apply(_WeightedSum, y_RD, weight_SK, *index)
+    return y_SD.view(G, N, y_RD.shape[1])
 
 
 @transformable
 class _WeightedSum(torch.autograd.Function):
-    """y_s = sum_k w_sk · y_sk: (S, K, D), (S, K) -> (S, D), in float32 without memory for the products."""
+    """y_s = sum_k w_sk · y[row_sk], in float32: (R, D), (S, K), (S, K) -> (S, D). A row of -1 is zero."""
 
     @staticmethod
-    def forward(y_SKD: Tensor, weight_SK: Tensor) -> Tensor:
-        if y_SKD.element_size() < 4:  # `sum` adds in float32; one by one, each addition would be rounded
+    def forward(
+        y_RD: Tensor, weight_SK: Tensor, row_SK: Tensor, assignment_R: Tensor, may_drop: bool, may_pad: bool
+    ) -> Tensor:
+        if may_ask(y_RD.device):
+            return _sum_of_bags(y_RD, weight_SK, row_SK, may_drop)
+        y_SKD = _take(y_RD, row_SK.flatten(), may_drop).view(*row_SK.shape, y_RD.shape[1])
+        if y_RD.element_size() < 4:  # `sum` adds in float32; one by one, each addition would be rounded
             return (y_SKD * weight_SK[..., None]).sum(1)
         sum_SD = y_SKD[:, 0] * weight_SK[:, :1]
         for k in range(1, y_SKD.shape[1]):
@@ -285,16 +292,32 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.may_drop, ctx.may_pad = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, grad_SD: Tensor):
-        y_SKD, weight_SK = ctx.saved_tensors
-        grad_S1D = grad_SD[:, None]
-        return grad_S1D * weight_SK[..., None], (grad_S1D * y_SKD).sum(-1)
+        y_RD, weight_SK, row_SK, assignment_R = ctx.saved_tensors
+        row_A, holes = row_SK.flatten(), (ctx.may_pad, ctx.may_drop)
+        token_R = assignment_R.div(row_SK.shape[1], rounding_mode="floor")  # -1 stays -1
+        grad_RD = gather_rows(grad_SD, token_R, row_SK, *holes)
+        weight_R1 = gather_rows(weight_SK.reshape(-1, 1), assignment_R, row_A[:, None], *holes)
+        grad_weight_R1 = (grad_RD * y_RD).sum(-1, keepdim=True)
+        grad_weight_A1 = gather_rows(grad_weight_R1, row_A, assignment_R[:, None], *reversed(holes))
+        return grad_RD * weight_R1, grad_weight_A1.view_as(weight_SK), None, None, None, None
 
     @staticmethod
-    def tangent(ctx, y: Tensor | None, weight: Tensor | None) -> Tensor:
-        y_SKD, weight_SK = ctx.saved_tensors
-        y, weight = zeros_if_none(y, y_SKD), zeros_if_none(weight, weight_SK)
-        return apply(_WeightedSum, y, weight_SK) + apply(_WeightedSum, y_SKD, weight)
+    def tangent(ctx, y: Tensor | None, weight: Tensor | None, *_: None) -> Tensor:
+        y_RD, weight_SK, *index = ctx.saved_tensors
+        y, weight, index = zeros_if_none(y, y_RD), zeros_if_none(weight, weight_SK), (*index, ctx.may_drop, ctx.may_pad)
+        return apply(_WeightedSum, y, weight_SK, *index) + apply(_WeightedSum, y_RD, weight, *index)
+
+
+def _sum_of_bags(y_RD: Tensor, weight_SK: Tensor, row_SK: Tensor, may_drop: bool) -> Tensor:
+    """In one pass over the rows: on a CPU, to gather them first takes 2 to 15 times as long."""
+    if not may_drop:
+        return F.embedding_bag(row_SK, y_RD, mode="sum", per_sample_weights=weight_SK)
+    kept_SK = row_SK >= 0
+    end_S = kept_SK.sum(1).cumsum(0)
+    start_S = F.pad(end_S, (1, 0))[:-1]
+    return F.embedding_bag(row_SK[kept_SK], y_RD, start_S, mode="sum", per_sample_weights=weight_SK[kept_SK])
