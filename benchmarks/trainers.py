@@ -92,6 +92,7 @@ def ours(folder: Path, epochs: int, args: argparse.Namespace, task: str, name: s
             "checkpoint_every": epoch,
             "eval_every": 0 if contrastive else epoch,
         },
+        "evaluate": {"examples": 0},  # nor does timm's script draw where tokens went
         "optim": {"name": "adamw", "lr": RATE, "weight_decay": DECAY, "schedule": "cosine", "warmup_steps": 0},
     }
     file = folder / "config.yaml"
