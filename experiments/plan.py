@@ -392,6 +392,8 @@ def _settings_of(cell: Cell) -> dict[str, Any]:
     try:
         config = read_config(Config, with_one_length(cell.arguments(OUTPUT)))
         config.check()
+        if config.train.precision == "auto":
+            raise ConfigError("train.precision is auto, which depends on the machine; set it in `settings`")
     except ConfigError as error:
         raise ConfigError(f"run {cell.run!r}: {error}") from None
     settings = result_settings(config)

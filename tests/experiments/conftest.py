@@ -41,6 +41,7 @@ CONTENT = {
     "question": "Does it work?",
     "source": "arXiv 2106.05974",
     "base": "vmoe_tiny_emoji_groups",
+    "settings": {"train.precision": "float32"},
     "seeds": [0, 1],
     "baseline": "dense",
     "runs": {"dense": {"model.kwargs.num_experts": 0}, "sparse": {"optim.lr": 0.002}},

@@ -99,7 +99,7 @@ def test_a_run_needs_the_same_point_of_the_grid(lab):
 
 
 def test_a_mapping_of_a_run_keeps_what_it_does_not_name(lab):
-    settings = {"model.kwargs.depth": 2, "optim": {"lr": 0.5}}
+    settings = {"model.kwargs.depth": 2, "optim": {"lr": 0.5}, "train.precision": "float32"}
     runs = {"dense": {"model": {"kwargs": {"num_experts": 0}}}, "bare": {"model.kwargs": {}, "model.kwargs.depth": 3}}
     dense, bare = load(lab.write(settings=settings, runs=runs, seeds=[0]))[1]
     assert (dense.settings["model.kwargs.depth"], dense.settings["model.kwargs.num_experts"]) == (2, 0)
@@ -125,6 +125,7 @@ def test_values_come_back_from_the_command_line_as_they_are(lab):
         ({"baseline": "ghost"}, "baseline 'ghost' is none of the runs: dense, sparse"),
         ({"runs": {"dense": {"optim.lrr": 1}}}, "run 'dense': command line: unknown key 'optim.lrr'"),
         ({"runs": {"dense": {"optim.lr": -1}}}, "run 'dense': optim.lr must be > 0, got -1"),
+        ({"runs": {"dense": {"train.precision": "auto"}}}, "run 'dense': train.precision is auto, which depends on"),
         ({"runs": {"dense": [1]}}, "runs.dense must be settings of train.py"),
         (
             {"runs": {"dense": {"model.pretrained": {"run": "ghost"}}}},
@@ -270,6 +271,7 @@ def test_a_signal_stops_the_runs_and_the_same_command_continues(lab, capsys):
 @pytest.mark.parametrize("with_record", [True, False])
 def test_a_base_that_changed_meanwhile_names_the_run_and_the_setting(lab, capsys, tmp_path, with_record):
     base = yaml.safe_load((ROOT / "configs" / "vmoe_tiny_emoji_groups.yaml").read_text())
+    base["train"]["precision"] = "float32"
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     lab.write(base=str(tmp_path / "base.yaml"))
     if with_record:

@@ -42,7 +42,7 @@ def test_the_page_is_made_from_the_records_alone(lab, capsys):
     assert "`optim.warmup_steps 0.1`" in text
     assert "optim.lr 0.002" not in text.replace("--optim.lr 0.002", "")  # a setting of one row alone
     assert "Measured on Some CPU, 2 cores, 2 threads, torch 2.10; commit c0ffee." in text
-    assert "python train.py --config configs/vmoe_tiny_emoji_groups.yaml --optim.lr 0.002 --seed 0" in text
+    assert "python train.py --config configs/vmoe_tiny_emoji_groups.yaml --train.precision float32 --optim.lr" in text
     assert max(map(len, text.split("```")[0].splitlines())) <= 120 or "|" in text
 
 
@@ -179,7 +179,10 @@ def test_other_images_are_not_compared(lab):
             "the metric 'capacity/top1_brp_*'; there are",
         ),
         ({"metrics": ["top1", "capacity/top1_brp_0.5"]}, "no record has the metric 'capacity/top1_brp_0.5'; there are"),
-        ({"settings": {"optim.weight_decay": 0.5}}, "dense-seed0: optim.weight_decay was 'the default' and is 0.5 now"),
+        (
+            {"settings": {"train.precision": "float32", "optim.weight_decay": 0.5}},
+            "dense-seed0: optim.weight_decay was 'the default' and is 0.5 now",
+        ),
     ],
 )
 def test_records_of_other_settings_are_not_shown(lab, capsys, changes, sentence):
