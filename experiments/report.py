@@ -11,7 +11,7 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from experiments.compare import Estimate, estimate
@@ -35,18 +35,15 @@ METHOD = (
     'some are clear by chance. "p, images" '
     "is the probability that two equally good runs differ so much by the choice of the validation images: McNemar's "
     "test, with an image's differences summed over the seeds. Accuracies, and differences of them, are in percent. "
-    "GFLOPs are of the forward pass of one image, two for a multiply-add. images/s and minutes are of training, as "
-    "measured in the run."
+    "GFLOPs are of the forward pass of one image, two for a multiply-add. images/s are of training, measured by "
+    "`python -m experiments.speed`, one run after the other: the median of its rounds, and (lowest-highest)."
 )
 MOST_NAMES = 5  # of a group in a verdict; the table has all
 COSTS = {
     "parameters": ("parameters_total", 1e-6, ".2f", " M"),
     "active": ("parameters_active", 1e-6, ".2f", " M"),
     "GFLOPs": ("gflops_per_image", 1, ".4g", ""),
-    "images/s": ("images_per_second", 1, ".0f", ""),
-    "minutes": ("train_seconds", 1 / 60, ".1f", ""),
 }
-SHORT_COSTS = ("parameters", "active", "GFLOPs")
 
 
 def page(results: Sequence[Results]) -> str:
@@ -75,6 +72,9 @@ def section(results: Results) -> Iterator[str]:
         yield prose(f"Not made yet: {', '.join(missing)}.")
     yield table(results)
     yield prose(f"Measured on {'; '.join(devices(results))}; {commits(results)}.")
+    if results.speed["images_per_second"]:
+        speed = results.speed
+        yield prose(f"images/s on {speed['device']}, {count_threads(speed['threads'])}, torch {speed['torch']}.")
     if results.unknown:
         yield prose(f"The records of {', '.join(results.unknown)} do not say on which images they were trained.")
     yield f"![{experiment.question}](images/{figure_name(name)})"
@@ -109,8 +109,10 @@ def table(results: Results, short: bool = False) -> str:
         columns.append([f"difference to {base}", *shown])
         tests = [results.image_test(run) for run in results.runs]
         columns += [] if short else [["p, images", *("" if p is None else show_p(p) for p in tests)]]
-    for name in SHORT_COSTS if short else COSTS:
-        columns.append([name, *(cost(results, run, *COSTS[name]) for run in results.runs)])
+    for name, form in COSTS.items():
+        columns.append([name, *(cost(results, run, *form) for run in results.runs)])
+    if rounds := results.speed["images_per_second"]:
+        columns.append(["images/s", *(show_speed(rounds.get(run)) for run in results.runs)])
     head, *lines = zip(*columns, strict=True)
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(
@@ -121,6 +123,10 @@ def table(results: Results, short: bool = False) -> str:
 def cost(results: Results, run: str, metric: str, factor: float, form: str, unit: str) -> str:
     values = results.values(run, metric).values()
     return f"{factor * fmean(values):{form}}{unit}" if values else ""
+
+
+def show_speed(rounds: list[float] | None) -> str:
+    return f"{median(rounds):,.0f} ({min(rounds):,.0f}-{max(rounds):,.0f})" if rounds else ""
 
 
 def show(found: Estimate, metric: str, signed: bool = False) -> str:

@@ -16,6 +16,7 @@ from experiments.records import (
     read_records,
     records_file,
 )
+from experiments.speed import read_speed
 from vmoe.training.best import LOWER_IS_BETTER
 from vmoe.utils.config import ConfigError
 
@@ -33,6 +34,7 @@ class Results:
         self.experiment, cells = load(file)
         self.cells = {(cell.run, cell.seed): cell for cell in cells}
         source = records_file(self.experiment, cells[0].experiment, output)
+        self.speed = read_speed(cells[0].experiment)
         self.records = read_records(source)
         if self.experiment.of:  # the page of the whole experiment checks the others
             self.records = {key: record for key, record in self.records.items() if key in self.cells}
