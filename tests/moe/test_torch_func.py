@@ -92,6 +92,7 @@ def test_forward_mode(name):
     torch.testing.assert_close(vjp(layer, x)[1](tangent)[0], torch.autograd.grad(layer(leaf), leaf, tangent)[0])
     ours = hessian(lambda x: layer(x).square().sum())(few)
     torch.testing.assert_close(ours, torch.autograd.functional.hessian(lambda x: layer(x).square().sum(), few))
+    torch.testing.assert_close(jacrev(jacrev(lambda x: layer(x).square().sum()))(few), ours)
 
 
 def test_attached_losses_count_in_per_sample_gradients():
