@@ -21,8 +21,9 @@ from experiments.results import Results
 from vmoe.utils.files import atomic_file
 
 PAGE = ROOT / "docs" / "results.md"
-WITH_TABLES = (ROOT / "README.md", ROOT / "docs" / "choosing.md")  # between marks
-MARKED = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+WITH_TABLES = (ROOT / "README.md", ROOT / "docs" / "choosing.md")  # pages with tables between marks
+MARKED = re.compile(r"(<!-- results of (\w+) -->\n)(?:(?!<!-- results).)*?(<!-- end of results -->)", re.DOTALL)
+MARK = re.compile(r"<!-- (?:results|end of results).*?-->")
 MADE = (
     "`python -m experiments.report` generates this page from `experiments/*.yaml` and the records in "
     "`experiments/results`; do not edit it by hand. [experiments/README.md](../experiments/README.md) says how to run "
@@ -94,7 +95,10 @@ def with_tables(file: Path, results: Sequence[Results]) -> str:
         said = prose(f"{one.experiment.question} {verdict(one)}")
         return f"{found[1]}{said}\n\n{table(one, short=True)}\n\n{found[3]}"
 
-    return MARKED.sub(between, file.read_text(encoding="utf-8"))
+    text = file.read_text(encoding="utf-8")
+    if len(MARK.findall(text)) != 2 * len(MARKED.findall(text)):
+        raise ValueError(f"{file.name}: write '<!-- results of NAME -->' and '<!-- end of results -->' in pairs")
+    return MARKED.sub(between, text)
 
 
 def table(results: Results, short: bool = False) -> str:

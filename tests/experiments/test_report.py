@@ -279,6 +279,10 @@ def test_a_page_gets_a_short_table_between_its_marks(lab, tmp_path):
     assert report.with_tables(file, results) == text  # a second time changes nothing
     assert report.check({file: text}, lab.page, []) == 0
     assert report.check({file: text + " "}, lab.page, []) == 1
+    for wrong in (text.replace("<!-- end of results -->", "", 1), text.replace("of lab", "of the lab")):
+        file.write_text(f"{wrong}\n<!-- results of lab -->\n<!-- end of results -->")
+        with pytest.raises(ValueError, match="README.md: write '<!-- results of NAME -->' and '<!-- end of"):
+            report.with_tables(file, results)
     file.write_text(text.replace("results of lab", "results of other"))
     with pytest.raises(ValueError, match="README.md: no experiment is called 'other'; a mark names a file"):
         report.with_tables(file, results)
