@@ -1,11 +1,12 @@
 """CPU time of an image in train.py, timm's train.py and open_clip's trainer: `python -m benchmarks.trainers --help`.
 
-Both of a pair train the same model on the same JPEG files, with the same crops, batches, optimizer and number of
-workers; each epoch ends with a checkpoint, and a classifier's with an evaluation. A run of one epoch and one of several
-are timed, and their difference is divided by the images between them, so imports and the first epoch do not count.
-train.py keeps decoded images (`data.cache: memory`), which the others do not have. CPU time is that of all processes of
-a run; other work on the machine changes it little. timm's scripts are not in its package: --timm_scripts names a
-checkout of https://github.com/huggingface/pytorch-image-models; without it those pairs are skipped.
+All of a comparison train the same model on the same JPEG files, with the same crops, batches, optimizer and number of
+workers, without clipping of gradients; each epoch ends with a checkpoint, and a classifier's with an evaluation of 8
+images. A run of one epoch and one of several are timed, and their difference is divided by the images between them, so
+imports and the first epoch do not count. train.py is measured with and without `data.cache: memory`, which the others
+lack; its images of examples are off. CPU time is that of all processes of a run; other work on the machine changes it
+little. timm's scripts are not in its package: --timm_scripts names a checkout of
+https://github.com/huggingface/pytorch-image-models; without it those comparisons are skipped.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -67,7 +69,9 @@ def write_images(folder: Path, number: int) -> None:
                 shutil.copy(path, folder / "validation" / path.parent.name)
 
 
-def ours(folder: Path, epochs: int, args: argparse.Namespace, task: str, name: str, **kwargs: int) -> list[str]:
+def ours(
+    folder: Path, args: argparse.Namespace, task: str, name: str, cache: str | None, epochs: int, **kwargs: int
+) -> list[str]:
     """train.py for some epochs."""
     contrastive = task == "contrastive"
     pairs = {"train": {"type": "pairs", "path": str(folder / "pairs.csv")}}
@@ -81,7 +85,7 @@ def ours(folder: Path, epochs: int, args: argparse.Namespace, task: str, name: s
         "model": {"name": name, "kwargs": kwargs},
         "data": {
             **(pairs if contrastive else folders),
-            "cache": "memory",
+            "cache": cache,
             "loader": {"batch_size": args.batch, "num_workers": args.workers},
             "augmentation": {**crop, "ratio": [0.75, 4 / 3]},
         },
@@ -91,6 +95,7 @@ def ours(folder: Path, epochs: int, args: argparse.Namespace, task: str, name: s
             "log_every": 50,
             "checkpoint_every": epoch,
             "eval_every": 0 if contrastive else epoch,
+            "clip_grad_norm": None,
         },
         "evaluate": {"examples": 0},  # nor does timm's script draw where tokens went
         "optim": {"name": "adamw", "lr": RATE, "weight_decay": DECAY, "schedule": "cosine", "warmup_steps": 0},
@@ -101,16 +106,16 @@ def ours(folder: Path, epochs: int, args: argparse.Namespace, task: str, name: s
     return [sys.executable, str(ROOT / "train.py"), "--config", str(file), "--output_dir", run]
 
 
-def timm_script(folder: Path, epochs: int, args: argparse.Namespace, name: str, more: list[str]) -> list[str]:
+def timm_script(folder: Path, args: argparse.Namespace, name: str, more: list[str], epochs: int) -> list[str]:
     """timm's train.py for some epochs."""
     words = f"--model {name} --num-classes {CLASSES} --device cpu -b {args.batch} -j {args.workers} --epochs {epochs}"
     words += f" --opt adamw --lr {RATE} --weight-decay {DECAY} --sched cosine --warmup-epochs 0 --color-jitter 0"
-    words += " --train-interpolation bicubic"
+    words += " --train-interpolation bicubic --smoothing 0"
     words += f" --log-interval 50 --data-dir {folder} --output {tempfile.mkdtemp(dir=folder)}"
     return [sys.executable, str(args.timm_scripts / "train.py"), *words.split(), *more]
 
 
-def open_clip_trainer(folder: Path, epochs: int, args: argparse.Namespace) -> list[str]:
+def open_clip_trainer(folder: Path, args: argparse.Namespace, epochs: int) -> list[str]:
     """open_clip's trainer for some epochs."""
     words = f"--dataset-type csv --csv-separator , --csv-img-key image --csv-caption-key caption --model {LIMOE}"
     words += f" --batch-size {args.batch} --workers {args.workers} --epochs {epochs} --warmup 0 --precision fp32"
@@ -118,30 +123,47 @@ def open_clip_trainer(folder: Path, epochs: int, args: argparse.Namespace) -> li
     return [sys.executable, "-c", OPEN_CLIP, "--train-data", str(folder / "pairs.csv"), *words.split()]
 
 
-def measure_pair(session: Session, pair: str, commands: dict[str, Callable[[int], list[str]]]) -> None:
-    """Rows of one pair: CPU milliseconds of an image, and images per CPU second relative to the other trainer."""
+def compare(session: Session, model: str, commands: dict[str, Callable[..., list[str]]]) -> None:
+    """Rows of a model: CPU milliseconds of an image, and images per CPU second over those of the last trainer."""
     args = session.args
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(args.rounds):
         for name, command in commands.items():
-            one, all_of_them = (cpu_seconds(command(epochs), args.threads or 1) for epochs in (1, args.epochs))
-            seconds[name].append((all_of_them - one) / (args.epochs - 1) / args.images)
-    own, other = commands
+            one, several = (cpu_seconds(command(epochs=epochs), args.threads or 1) for epochs in (1, args.epochs))
+            seconds[name].append((several - one) / (args.epochs - 1) / args.images)
+    *_, other = commands
     for name in commands:
-        row = {"comparison": pair, "name": name, "cpu_ms_per_image": spread([1e3 * one for one in seconds[name]])}
-        if name == own:
-            row["speed_ratio"] = spread([a / b for a, b in zip(seconds[other], seconds[own])])
-        session.add({**row, "ratios": {} if name == other else {other: ratios(seconds[own], seconds[other])}})
+        row = {"comparison": model, "name": name, "cpu_ms_per_image": spread([1e3 * one for one in seconds[name]])}
+        if name != other:
+            row["speed_ratio"] = spread([a / b for a, b in zip(seconds[other], seconds[name])])
+        session.add({**row, "ratios": {} if name == other else {other: ratios(seconds[name], seconds[other])}})
+
+
+def commands_of(pair: str, folder: Path, args: argparse.Namespace) -> dict[str, Callable[..., list[str]]]:
+    """{trainer: the command for a number of epochs}."""
+    if pair == "LIMoE":
+        task, model, kwargs = "contrastive", LIMOE, {}
+        other = {"open_clip's trainer": partial(open_clip_trainer, folder, args)}
+    else:
+        task, (model, kwargs, more) = "classification", CLASSIFIERS[pair]
+        if kwargs:
+            more = [*more, "--model-kwargs", *(f"{key}={value}" for key, value in kwargs.items())]
+        other = {"timm's train.py": partial(timm_script, folder, args, model, more)}
+    own = {
+        name: partial(ours, folder, args, task, model, cache, **kwargs)
+        for name, cache in (("train.py", None), ("train.py, data.cache: memory", "memory"))
+    }
+    return own | other
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser("trainers", __doc__.splitlines()[0], rounds=5)
+    parser = make_parser("trainers", __doc__.splitlines()[0], rounds=3)
     parser.set_defaults(dtype=["float32"], device="cpu", threads=1)
     parser.add_argument("--timm_scripts", type=Path, metavar="DIR", help="a checkout with timm's train.py")
     parser.add_argument("--pairs", nargs="+", choices=[*CLASSIFIERS, "LIMoE"], default=[*CLASSIFIERS, "LIMoE"])
     parser.add_argument("--batch", type=int, default=32, help="images of a step (%(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes that read images (%(default)s)")
-    parser.add_argument("--images", type=int, default=1280, help="images of an epoch (%(default)s)")
+    parser.add_argument("--images", type=int, default=640, help="images of an epoch (%(default)s)")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of the long run (%(default)s)")
     session = Session("trainers", parser, argv, compiles=False)
     args = session.args
@@ -153,23 +175,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = Path(name)
         write_images(folder, args.images)
         for pair in args.pairs:
-            if pair == "LIMoE":
-                commands = {
-                    "train.py": lambda epochs: ours(folder, epochs, args, "contrastive", LIMOE),
-                    "open_clip's trainer": lambda epochs: open_clip_trainer(folder, epochs, args),
-                }
-            elif args.timm_scripts is None:
+            if pair != "LIMoE" and args.timm_scripts is None:
                 session.note(f"{pair}: skipped, since --timm_scripts was not given.")
-                continue
             else:
-                model, kwargs, more = CLASSIFIERS[pair]
-                if kwargs:
-                    more = [*more, "--model-kwargs", *(f"{key}={value}" for key, value in kwargs.items())]
-                commands = {
-                    "train.py": lambda epochs: ours(folder, epochs, args, "classification", model, **kwargs),  # noqa: B023
-                    "timm's train.py": lambda epochs: timm_script(folder, epochs, args, model, more),  # noqa: B023
-                }
-            measure_pair(session, pair, commands)
+                compare(session, pair, commands_of(pair, folder, args))
     session.finish()
 
 
