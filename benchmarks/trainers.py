@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", nargs="+", choices=[*CLASSIFIERS, "LIMoE"], default=[*CLASSIFIERS, "LIMoE"])
     parser.add_argument("--batch", type=int, default=32, help="images of a step (%(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes that read images (%(default)s)")
-    parser.add_argument("--images", type=int, default=640, help="images of an epoch (%(default)s)")
+    parser.add_argument("--images", type=int, default=960, help="images of an epoch (%(default)s)")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of the long run (%(default)s)")
     session = Session("trainers", parser, argv, compiles=False)
     args = session.args
