@@ -155,7 +155,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 
 
 @transformable
-class _GateProduct(torch.autograd.Function):
+class _GateLinear(torch.autograd.Function):
     """x Wᵀ in at least float32. Kept for the backward pass is x in its own type, not the copy that is multiplied."""
 
     @staticmethod
@@ -182,7 +182,7 @@ class _GateProduct(torch.autograd.Function):
     def tangent(ctx, x: Tensor | None, weight: Tensor | None) -> Tensor:
         x_GND, weight_ED = ctx.saved_tensors
         x, weight = (zeros_if_none(*pair) for pair in ((x, x_GND), (weight, weight_ED)))
-        return apply(_GateProduct, x, weight_ED) + apply(_GateProduct, x_GND, weight)
+        return apply(_GateLinear, x, weight_ED) + apply(_GateLinear, x_GND, weight)
 
 
 def top_k_experts(gates_GNE: Tensor, num_selected_experts: int) -> Tensor:
@@ -228,7 +228,7 @@ class Gate(Router):
     """A linear layer without bias from tokens to experts, computed in float32 (float64 for float64 input).
 
     In training, noise of standard deviation `noise_std / E` is added to the logits. `weight` is (E, D), and so is
-    `noise_weight`, which there is with `learned_noise`. With gate="cosine" `weight` is (E, P), `projection` (P, D),
+    `noise_weight`, with `learned_noise` only. With gate="cosine" `weight` is (E, P), `projection` (P, D),
     `projection_bias` (P,), and `temperature` (1,) the logarithm of the scale, as in Tutel. In an ensemble E of all else
     is the experts of one member, and the rows of `weight` are the gates of the members, one after the other.
     """
@@ -273,24 +273,24 @@ class Gate(Router):
             if self.training and self.input_jitter > 0:  # in the precision of the gate
                 x_GND = x_GND.to(torch.promote_types(x_GND.dtype, torch.float32))
                 x_GND = x_GND * torch.empty_like(x_GND).uniform_(1 - self.input_jitter, 1 + self.input_jitter)
-            logits_GNE = self._cosines(x_GND) if self.gate == "cosine" else self._product(x_GND, self.weight)
+            logits_GNE = self._cosines(x_GND) if self.gate == "cosine" else self._linear(x_GND, self.weight)
             if self.training and self.learned_noise:  # arXiv 1701.06538, eq. 4
-                return logits_GNE, F.softplus(self._product(x_GND, self.noise_weight))
+                return logits_GNE, F.softplus(self._linear(x_GND, self.noise_weight))
             return logits_GNE
 
     def _cosines(self, x_GND: Tensor) -> Tensor:
         """(G, N, E) cosines of the projected tokens and the experts' vectors, scaled (arXiv 2204.09636, eq. 4)."""
-        z_GNP = apply(_GateProduct, x_GND, self.projection)
+        z_GNP = apply(_GateLinear, x_GND, self.projection)
         z_GNP = F.normalize(z_GNP + self.projection_bias.to(z_GNP.dtype), dim=-1)
         weight_EP = F.normalize(self.weight.to(z_GNP.dtype), dim=-1)
         scale = self.temperature.to(z_GNP.dtype).clamp(max=math.log(100)).exp()
-        return self._product(z_GNP, weight_EP) * scale
+        return self._linear(z_GNP, weight_EP) * scale
 
-    def _product(self, x_GND: Tensor, weight_ED: Tensor) -> Tensor:
+    def _linear(self, x_GND: Tensor, weight_ED: Tensor) -> Tensor:
         if (M := self.ensemble_size) == 1:
-            return apply(_GateProduct, x_GND, weight_ED)
+            return apply(_GateLinear, x_GND, weight_ED)
         members = zip(x_GND.unflatten(0, (M, -1)), weight_ED.unflatten(0, (M, -1)), strict=True)
-        return torch.cat([apply(_GateProduct, *member) for member in members])
+        return torch.cat([apply(_GateLinear, *member) for member in members])
 
     def gates(self, logits: Tensor | tuple[Tensor, Tensor]) -> tuple[Routing, Tensor]:
         """The routing without a choice, and what is chosen by and weighted with, (G, N, E)."""
@@ -323,7 +323,7 @@ class TopKRouter(Gate):
     how often each expert was chosen since the last update.
     """
 
-    # A user who forgets `update_expert_bias` gets an unbalanced model and no error; so this is said once.
+    # A user who forgets `update_expert_bias` gets an unbalanced model and no error, so there is one warning.
     CALLS_BEFORE_WARNING = 1000
 
     def __init__(self, dim: int, config: RoutingSettings, device=None, dtype=None) -> None:

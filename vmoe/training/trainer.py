@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor, nn
 
 from vmoe.data import TrainLoader, train_loader
-from vmoe.data.seeding import derive_seed
+from vmoe.data.seeding import derive_seed, seed_process
 from vmoe.distributed import process_group
 from vmoe.distributed.mesh import make_meshes, mesh_size
 from vmoe.distributed.parallelize import clip_grad_norm, parallelize, set_gradient_sync, synchronize_scalars
@@ -518,8 +516,6 @@ class Prefetch:
 
 
 def seed_everything(*seed: int) -> None:
-    """Seeds torch, numpy and random from some integers."""
-    number = derive_seed(*seed)
-    torch.manual_seed(number)
-    np.random.seed(number & 0xFFFFFFFF)
-    random.seed(number)
+    """Seeds torch, on all devices, numpy and random from some integers."""
+    seed_process(derive_seed(*seed))
+    torch.manual_seed(derive_seed(*seed))
