@@ -37,7 +37,7 @@ WEIGHTS = ("model.pretrained", "train.distill.teacher")
 DEFAULTS = flat_settings(Config(output_dir="", task="classification"))
 
 
-# "command" (eval or inspect), its "arguments" but for the checkpoint, the "digest" of what they say, and the run "with"
+# "command" (eval or inspect), its "arguments" without the checkpoint, the "digest" of what they say, and the run "with"
 # which it is made, if any
 Evaluation = dict[str, Any]
 
@@ -81,7 +81,7 @@ class Experiment:
             or some (`runs` may have * and ?). Its metrics are called name/metric. Accuracy on data.val is always there.
             `with: {RUN: OTHER}` evaluates a run together with one above it, of the same seed, as one ensemble.
             {config: inspect} is vmoe-inspect: the mean over the layers of what statistics.json has of each.
-        metrics: Metrics of the table, the first one for the verdict. Higher is better, but for losses and errors.
+        metrics: Metrics of the table, the first one for the verdict. Higher is better, except for losses and errors.
             "A - B" is the difference of two; as the first one, the verdict is whether it differs from 0.
         plot: The figure.
         draft: The records stay with the runs, and the report leaves the experiment out.
@@ -123,7 +123,7 @@ class Cell:
     base: str
     overrides: dict[str, Any]  # settings of train.py over the base; {"run": NAME}, or a list of them, for runs' folders
     evaluations: dict[str, Evaluation]
-    settings: dict[str, Any] = field(default_factory=dict)  # what its result depends on, but for the seed
+    settings: dict[str, Any] = field(default_factory=dict)  # what its result depends on, except the seed
     needs: list[Cell] = field(default_factory=list)  # runs that are made before
     reseed: int = 0  # added to the seed
 
@@ -388,7 +388,7 @@ def _flat(settings: dict[str, Any], kind: str = "train") -> dict[str, Any]:
 
 
 def _settings_of(cell: Cell) -> dict[str, Any]:
-    """What the result of a cell depends on, but for the seed, and that its settings are right (else a ConfigError)."""
+    """What the result of a cell depends on, except the seed, and that its settings are right (else a ConfigError)."""
     try:
         config = read_config(Config, with_one_length(cell.arguments(OUTPUT)))
         config.check()

@@ -57,7 +57,7 @@ def measure(cells: Sequence[Cell], args: argparse.Namespace) -> None:
 def images_per_second(cell: Cell, steps: int, threads: int) -> float:
     """The throughput of a short training run, as its summary says it; RuntimeError: it failed."""
     with tempfile.TemporaryDirectory() as folder:
-        *words, _, _ = cell.arguments(Path(folder))  # but for --output_dir
+        *words, _, _ = cell.arguments(Path(folder))  # without --output_dir
         short = {"train.epochs": "null", "train.steps": steps, "train.eval_every": 0, "output_dir": folder}
         words += [word for key, value in short.items() for word in (f"--{key}", str(value))]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}

@@ -103,7 +103,7 @@ def test_a_process_that_hangs_does_not_outlive_the_job(killed, forks, config, tm
         assert "but all processes answer" in error
 
 
-def test_an_error_in_one_process_alone_is_told_once_and_ends_the_others(forks, config, tmp_path):
+def test_an_error_in_one_process_alone_is_reported_once_and_ends_the_others(forks, config, tmp_path):
     images = make_images(tmp_path / "images")
     (images / "red" / "0.png").write_bytes(b"torn")  # one process reads it, in its part of a batch
     settings = {"data__train__path": images, "data__loader__on_bad": "fail", "parallel__timeout": TIMEOUT}

@@ -124,7 +124,7 @@ def test_skipped_files_are_counted(files, tmp_path, caplog, monkeypatch):
         find_images([str(tmp_path)])
 
 
-def test_images_are_turned_upright_unless_told_not_to(files, capsys, tmp_path):
+def test_images_are_turned_upright_unless_switched_off(files, capsys, tmp_path):
     model = vmoe.create_model(pretrained=files / "vit.safetensors")
     save_pretrained(model, tmp_path / "vit.safetensors", extra={"class_names": ["a", "b", "c"]})
     pixels = torch.rand(8, 12, 3, generator=torch.Generator().manual_seed(0)).mul(255).byte().numpy()

@@ -265,7 +265,7 @@ def test_more_heads_and_sparse_blocks_than_stages(golden):
     equal(model.state_dict(), vmoe.convert.from_swin_moe(args, state).state_dict())
 
 
-def test_the_dropout_is_that_of_all_places(golden):
+def test_dropout_is_applied_wherever_the_original_has_it(golden):
     args, state = golden
     model = vmoe.convert.from_swin_moe({**args, "drop_rate": 0.3}, state)
     assert model.patch_embed.drop.p == model.layers[0].blocks[0].attn.proj_drop.p == 0.3

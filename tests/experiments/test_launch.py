@@ -445,7 +445,7 @@ def test_a_real_run_leaves_a_record_with_the_right_images(lab, tmp_path, monkeyp
         worker.prepare(lab.runs / "dense-seed0", config)
 
 
-def test_weights_are_known_by_their_content_and_not_by_their_place(lab, tmp_path):
+def test_weights_are_known_by_their_content_and_not_by_their_path(lab, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"one")
     (tmp_path / "b.safetensors").write_bytes(b"one")
     one, two = ({"train.distill.teacher": str(tmp_path / name)} for name in ("a.safetensors", "b.safetensors"))

@@ -80,7 +80,7 @@ def test_biases_and_norms_have_no_weight_decay(model):
         ("lion", {}, None),  # it has no such argument
     ],
 )
-def test_adam_is_fused_unless_told_otherwise(model, name, kwargs, fused):
+def test_adam_is_fused_unless_set_otherwise(model, name, kwargs, fused):
     optimizer = create_optimizer(model, OptimConfig(name=name, kwargs=kwargs))
     assert {bool(group["fused"]) if "fused" in group else None for group in optimizer.param_groups} == {fused}
 

@@ -133,7 +133,7 @@ def _figures(config: EvaluationConfig, target: Path) -> list[Path]:
 
 
 def _beside(target: Path, ending: str) -> Path:
-    """A file that belongs to a JSON file, whose name begins with its name, but for ".json"."""
+    """A file that belongs to a JSON file, whose name begins with its name without ".json"."""
     return target.parent / (target.name.removesuffix(".json") + ending)
 
 

@@ -16,7 +16,7 @@ from vmoe.convert.messagepack import Box, IndexEntry, itemsize, read_numbers, re
 from vmoe.models.serialization import covers_once
 
 _CHUNKS = "__msgpack_array_chunk_a87ca2__"
-_VERSIONS = (None, "20220622")  # None: from before the format had a version; the same but for that key
+_VERSIONS = (None, "20220622")  # None: from before the format had a version; the same except for that key
 
 
 def open_sharded(prefix: str | Path) -> dict[str, StoredArray]:

@@ -55,6 +55,6 @@ def _sentence(error: BaseException, path: Path) -> str:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what, remedy = ("the disk is full", "free some space") if full else (error.strerror or error, "mend that")
+        what, remedy = ("the disk is full", "free some space") if full else (error.strerror or error, "fix that")
         return f"{path}: {what}; {remedy} and continue the run, the checkpoints before are untouched"
     return str(error) if isinstance(error, ValueError) else f"{path}: {type(error).__name__}: {error}"

@@ -187,7 +187,7 @@ def _make_parts(
     note: str,
     console: Console,
 ) -> None:
-    """Writes the parts that are missing; all have equally many of the indices, but for the last."""
+    """Writes the parts that are missing; all but the last have equally many indices."""
     part = next((number for number, file in enumerate(files) if not file.is_file()), len(files))
     if part == len(files):
         return

@@ -81,7 +81,7 @@ class SearchIndex:
     def nearest(self, query_D: np.ndarray, top: int) -> list[Hit]:
         """The images whose embeddings have the largest cosine with a query of length 1.
 
-        faiss finds them if it is installed, else a matrix product: with the same scores but for rounding (float32).
+        faiss finds them if it is installed, else a matrix multiplication; their scores differ by rounding (float32).
         """
         top, query_D = min(top, len(self._embeddings_ND)), query_D.astype(np.float32)
         if self._faiss is not None:

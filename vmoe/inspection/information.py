@@ -13,7 +13,7 @@ SHUFFLES = 20  # of the labels, for the noise level of a mutual information
 def normalized_mutual_information(table_AB: np.ndarray) -> float:
     """I(A; B) / ((H(A) + H(B)) / 2) of a contingency table of two groupings (NMI_sum of Vinh et al., JMLR 11, 2010).
 
-    1 if they are equal but for the names of the groups (also if both put all into one group), 0 if independent.
+    1 if they are equal except for the names of the groups (also if both put all into one group), 0 if independent.
     """
     p_AB = table_AB / table_AB.sum()
     entropies = sum(-(p * np.log(p, out=np.zeros_like(p), where=p > 0)).sum() for p in (p_AB.sum(1), p_AB.sum(0)))

@@ -54,7 +54,7 @@ def _redraw(tensor: Tensor, index: Tensor, dim: int) -> None:
 class Clusters:
     """Cluster-aware upcycling (arXiv 2604.13508): each expert starts from a cluster of what its dense MLP sees.
 
-    The inputs of each MLP over a calibration set, but for padding at native resolution, are clustered by spherical
+    The inputs of each MLP over a calibration set, except padding at native resolution, are clustered by spherical
     k-means; with `per_image` the mean of each image, whose tokens follow, as in the router. The unit centroids become
     the rows of the router, so that a token's largest logit is that of its cluster. Each matrix of the cluster's expert
     becomes the matrix of lowest rank whose outputs on the cluster's tokens keep `energy` of their squared length: its

@@ -70,7 +70,7 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
         load_weights(on_meta(build, spec), stored, **changes)
         model = build(spec)
     load_weights(model, stored, **changes)
-    same = name is None or name.partition(".")[0] == metadata["name"].partition(".")[0]  # but for timm's tag
+    same = name is None or name.partition(".")[0] == metadata["name"].partition(".")[0]  # without timm's tag
     if same and "pretrained_cfg_overlay" not in kwargs:
         set_preprocess(model, metadata["preprocess"])
     return model

@@ -105,7 +105,7 @@ def push_to_hub(
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder, which takes the place of `folder` when the block ends without an error."""
+    """A temporary folder, which replaces `folder` when the block ends without an error."""
     if folder.exists() and not _is_ours(folder):
         raise WeightsError(f"{folder} exists and holds something else than a model of vmoe: give a new folder")
     draft, old = (folder.with_name(f".{folder.name}.{secrets.token_hex(6)}") for _ in range(2))

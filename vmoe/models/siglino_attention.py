@@ -68,7 +68,7 @@ class SinkAttention(nn.Module):
         self.proj = nn.Linear(num_heads * head_dim, dim, bias=False)
 
     def forward(self, x_BTD: Tensor, rotation_BHTr: Tensor, bias_B11T: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D); `bias_B11T` is -inf for tokens that nobody sees, or None."""
+        """(B, T, D) -> (B, T, D); `bias_B11T` is -inf for tokens that are masked, or None."""
         heads_BhTd = rearrange(self.qkv(x_BTD), "b t (h d) -> b h t d", d=self.head_dim)
         sizes = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         q_BHTd, k_BhTd, v_BhTd = heads_BhTd.split(sizes, dim=1)

@@ -68,7 +68,7 @@ def known_spec(model: nn.Module) -> dict | None:
 
 def _construct(name: str, kwargs: dict) -> nn.Module:
     if name in LIMOE_CONFIGS:
-        preset = preset_settings(kwargs)  # goes over what the name stands for
+        preset = preset_settings(kwargs)  # overrides the settings of the name
         return LIMoE(**{key: v for key, v in LIMOE_CONFIGS[name].items() if key not in preset} | kwargs)
     if name in TWO_TOWER_CONFIGS:
         return TwoTower(**merge_settings(TWO_TOWER_CONFIGS[name], kwargs))

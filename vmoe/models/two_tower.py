@@ -84,14 +84,14 @@ class TwoTower(ImageTextModel):
         return self
 
     def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Freeze the image tower but for its last `unlocked_groups` of `group_matcher` (the head is the last), with
+        """Freeze the image tower except its last `unlocked_groups` of `group_matcher` (the head is the last), with
         `freeze_bn_stats` also the statistics of its frozen batch norms."""
         _lock(self.visual, unlocked_groups)
         self._freeze_bn_stats = freeze_bn_stats
         self.train(self.training)
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """Freeze the text tower but for its last layer groups (blocks; the head counts as one)."""
+        """Freeze the text tower except its last layer groups (blocks; the head counts as one)."""
         if not freeze_layer_norm:
             raise ValueError(
                 "freeze_layer_norm=False is not supported: norms are frozen with their blocks "

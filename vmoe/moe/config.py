@@ -223,7 +223,7 @@ _ROUTER_DEFAULTS = {
 
 
 def _top_k(num_selected_experts: int, **settings) -> dict:
-    """A top-K layer without noise, losses, priority and limit, but for what the preset adds to it."""
+    """A top-K layer without noise, losses, priority and limit, except what the preset adds."""
     plain = {"router": "top_k", "noise_std": 0.0, "batch_priority": False, "capacity_factor": None}
     return {**_NO_LOSSES, **plain, "num_selected_experts": num_selected_experts, **settings}
 

@@ -72,7 +72,7 @@ class Capacity(NamedTuple):
         if self.fixed is not None or self.factor is None:
             return self.fixed, self.fixed
         given = (num_experts, num_selected_experts, self.factor, self.rounding, self.multiple_of)
-        # Of a symbol it is unknown.
+        # Unknown if the number of tokens is symbolic.
         most = expert_capacity(ensemble_size * num_tokens, *given) if isinstance(num_tokens, int) else None
         return most if mask is None else expert_capacity(ensemble_size * mask.sum(dim=-1), *given), most
 
@@ -204,7 +204,7 @@ def _descending(priority_GN: Tensor) -> Tensor:
         before_N = (torch.arange(sorted_GN.shape[1], device=sorted_GN.device) - 1).clamp(min=0)
         is_new_GN = sorted_GN != sorted_GN.index_select(1, before_N)
         return torch.empty_like(order_GN).scatter_(1, order_GN, is_new_GN.long().cumsum(1))
-    # The bits of a float32 are in the order of its value, but for the sign. Adding zero makes one of the two zeros.
+    # The bits of a float32 are in the order of its value, except for the sign. Adding zero makes one of the two zeros.
     bits_GN = (priority_GN.float() + 0.0).view(torch.int32)
     rising_GN = bits_GN ^ ((bits_GN >> 31) & 0x7FFFFFFF)
     return 0x7FFFFFFF - rising_GN.long()

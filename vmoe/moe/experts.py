@@ -80,7 +80,7 @@ class Experts(Mlp):
     `norm_layer` makes a norm of the hidden activations, given their width; `backend`: see `vmoe.moe.backends`.
     """
 
-    # Of experts that are sharded over processes, it brings each row to its expert and back: an `ExpertExchange`.
+    # An `ExpertExchange` if the experts are sharded over processes: it sends each row to its expert and back.
     exchange: Callable[[RunExperts, Tensor, Tensor, int | None], Tensor] | None = None
 
     def __init__(

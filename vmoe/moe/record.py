@@ -198,7 +198,7 @@ class RoutingRecord:
             if expected and any(layer.training for layer in self.names):
                 raise RuntimeError(
                     "no sparse layer of the recorded model ran inside the block: call the model itself there "
-                    "(replicas of torch.nn.DataParallel are not heard, use DistributedDataParallel)"
+                    "(replicas of torch.nn.DataParallel are not recorded; use DistributedDataParallel)"
                 )
             return torch.zeros(())
         losses = []

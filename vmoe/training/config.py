@@ -164,7 +164,7 @@ class TrainConfig:
         checkpoint_every: Steps between two checkpoints; the last step always has one.
         keep_last: Checkpoints to keep.
         keep_best: Also keep the checkpoint of the best evaluation, which OUTPUT_DIR/best names: a metric of the
-            evaluation, such as top1. Higher is better, but for ece.
+            evaluation, such as top1. Higher is better, except for ece.
         patience: Stop after so many evaluations in a row without a better keep_best; null never stops early.
         async_checkpoints: Copy the state to CPU memory, and write it while training goes on.
         max_minutes: Time for this start of the command: training stops when another step and a checkpoint, as long as

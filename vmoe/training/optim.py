@@ -41,7 +41,7 @@ SHARDABLE = (
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Freezes the parameters whose names match a shell pattern, but for those of later ones that begin with "!";
+    """Freezes the parameters whose names match a shell pattern, except those of later ones that begin with "!";
     returns their names.
 
     Running statistics of normalisations still update. A ConfigError: a pattern that matches no parameter, or nothing

@@ -1,4 +1,4 @@
-"""How the experts are computed: `select_backend` chooses, once per call and nowhere else.
+"""How the experts are computed: `select_backend` chooses, once per call.
 
 "triton" (docs/kernels.md) was never measured on a GPU, so it is taken only where it is asked for.
 """
@@ -21,7 +21,7 @@ def check_backend(name: str, setting: str = "backend") -> str:
     return name
 
 
-# Goes over what the experts themselves say; "auto": leaves it to them.
+# Overrides the setting of the experts, unless it is "auto".
 _forced = check_backend(os.environ.get("VMOE_BACKEND") or "auto", "VMOE_BACKEND")
 
 
