@@ -287,7 +287,7 @@ class _WeightedSum(torch.autograd.Function):
             return (y_SKD * weight_SK[..., None]).sum(1)
         sum_SD = y_SKD[:, 0] * weight_SK[:, :1]
         for k in range(1, y_SKD.shape[1]):
-            sum_SD = sum_SD.addcmul(y_SKD[:, k], weight_SK[:, k, None])  # not in place, which vmap may refuse
+            sum_SD = sum_SD.addcmul(y_SKD[:, k], weight_SK[:, k, None])  # vmap may refuse addcmul_
         return sum_SD
 
     @staticmethod
