@@ -40,13 +40,14 @@ def float64_device(device: torch.device) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """The precision of a config: "auto" takes bf16 where `device` multiplies it faster than float32, else float32."""
+    """The precision of a config: "auto" is bf16 on GPUs that multiply in it, else float32.
+
+    It is float32 on every CPU: bf16 makes small sparse models slower there, with AMX too, and results would depend on
+    the CPU.
+    """
     if name != "auto":
         return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    features = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
-    return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "float32"
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 
 
 @contextmanager

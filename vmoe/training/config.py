@@ -147,7 +147,7 @@ class TrainConfig:
         steps: Optimizer steps of the whole run; null: those of `epochs`, or 1000.
         epochs: Length of the run in passes over data.train instead of steps, also 0.5. The run's config.yaml has both.
         precision: float32, or autocast to bf16 or fp16 (with a gradient scaler); routers are always float32. "auto" is
-            bf16 where it is faster (GPUs since Ampere, CPUs with AVX512-BF16 or AMX), else float32.
+            bf16 on GPUs since Ampere, else float32.
         accumulate_steps: Batches per optimizer step. A contrastive loss compares within one of them.
         accumulate_features: Compare the images and captions of all accumulated batches with each other, for the memory
             of one batch and a second forward pass (GradCache; open_clip's accum_freq).
