@@ -46,7 +46,7 @@ GRID = routing(
     [[[0.6, 0.2], [0.5, 0.3], [0.9, 0.1]], [[0.4, 0.3], [0.8, 0.1], [0.7, 0.2]]],
     [[[True, True], [False, True], [True, False]], [[False, False], [True, True], [True, True]]],
 )
-LAYER = logic.Layer("blocks.1.mlp", "block 1", 4, "top_k")
+LAYER = logic.Layer("blocks.1.mlp", "block 1", 4, per_token=True, soft=False)
 
 
 def test_labels_are_separated_by_lines_and_commas():
@@ -172,7 +172,7 @@ def test_load_counts_what_had_capacity():
 
 def test_load_of_a_soft_layer_is_the_sum_of_weights():
     everyone = routing([[[0, 1], [1, 0]]], [[[0.75, 0.25], [0.5, 0.5]]], np.ones((1, 2, 2), dtype=bool))
-    load = logic.expert_loads(LAYER._replace(router="soft", num_experts=2), everyone)
+    load = logic.expert_loads(LAYER._replace(per_token=False, soft=True, num_experts=2), everyone)
     assert load["number"].tolist() == [1.25, 0.75]
     assert load["share"].tolist() == [0.625, 0.375]
 

@@ -238,7 +238,8 @@ def test_metrics_of_experts_are_those_of_the_record_and_soft_routing_has_no_load
     with vmoe.record_routing(model.eval()) as record:
         model(torch.randn(3, 3, 16, 16))
     layer, measured = record.layers["blocks.1.mlp"], expert_metrics(record)
-    assert layer.router == router
+    assert layer.routing.per_token == (router == "top_k")
+    assert layer.routing.soft == (router == "soft")
     for expert in range(4):
         name = f"experts/blocks.1.mlp/image/{{}}_{expert:02d}"
         assert measured[name.format("importance")] == pytest.approx(layer.gates[..., expert].mean().item())

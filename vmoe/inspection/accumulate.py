@@ -69,12 +69,12 @@ class LayerSums:
     def __init__(
         self, name: str, layer: SparseMoE, num_classes: int | None, num_patches: int, decode: Decoder | None
     ) -> None:
-        E, router = layer.num_experts, layer.router_type
+        E, self.per_token, self.soft = layer.num_experts, layer.router.per_token, layer.router.soft
         self.statistics = LayerStatistics(
             name=name,
             num_experts=E,
-            num_selected_experts=layer.num_selected_experts if router == "top_k" else E,
-            router=router,
+            num_selected_experts=layer.num_selected_experts if self.per_token else E,
+            router=layer.router_type,
             **{name: getattr(layer, name) for name in ("eval_capacity_factor", "batch_priority", "capacity")},
             **{name: {} for name in MEASURES},
             expert_class=None if num_classes is None else np.zeros((E, num_classes)),
@@ -93,11 +93,11 @@ class LayerSums:
         sums, real_BT = self.statistics, tokens.real_BT
         gate_SE = tokens.gate_BTE[real_BT].astype(float)
         done_BTE = np.zeros(tokens.gate_BTE.shape)
-        done_BTK = tokens.weight_BTK if sums.router == "soft" else tokens.kept_BTK
+        done_BTK = tokens.weight_BTK if self.soft else tokens.kept_BTK
         np.put_along_axis(done_BTE, tokens.expert_BTK, done_BTK.astype(float), axis=-1)
         done_BTE[~real_BT] = 0
         kept_E = asked_E = done_BTE.sum((0, 1))
-        if sums.router == "top_k":
+        if self.per_token:
             asked_BTK = tokens.asked_BTK & real_BT[..., None]
             asked_E = np.bincount(tokens.expert_BTK[asked_BTK], minlength=sums.num_experts)
         logs_SE = np.log(gate_SE, out=np.zeros_like(gate_SE), where=gate_SE > 0)
@@ -146,7 +146,7 @@ class LayerSums:
         for modality, tokens in sums.tokens.items():
             sums.entropy[modality] /= max(1, tokens)
             sums.share_dropped[modality] /= max(1, tokens)
-            if sums.router == "top_k":
+            if self.per_token:
                 asked, kept = sums.asked[modality].sum(), sums.kept[modality].sum()
                 sums.share_dropped[modality] = float(1 - kept / max(1, asked))
         if "image" not in sums.tokens:
@@ -154,7 +154,7 @@ class LayerSums:
         if self.images:
             count_NE, label_N = (np.concatenate(parts) for parts in zip(*self.images))
             sums.class_information = class_information(count_NE, label_N, sums.expert_class.shape[1])
-        if sums.router != "soft":  # counts
+        if not self.soft:  # counts
             for table in (sums.asked, sums.kept, sums.expert_token):
                 table.update({key: counts.round().astype(np.int64) for key, counts in table.items()})
             if sums.expert_class is not None:

@@ -46,7 +46,8 @@ class Layer(NamedTuple):
     name: str
     title: str  # its name for people, such as "block 1", which no other layer has
     num_experts: int
-    router: str
+    per_token: bool  # as in `vmoe.moe.router.Router`, and so is `soft`
+    soft: bool
 
 
 class Explanation(NamedTuple):
@@ -68,7 +69,10 @@ def list_layers(loaded: LoadedModel) -> list[Layer]:
     """The sparse layers of a model, in its order; none of a dense one."""
     found = sparse_layers(loaded, required=False)
     named = zip(found.items(), style.layer_titles(list(found)), strict=True)
-    return [Layer(name, title, module.num_experts, module.router_type) for (name, module), title in named]
+    return [
+        Layer(name, title, layer.num_experts, layer.router.per_token, layer.router.soft)
+        for (name, layer), title in named
+    ]
 
 
 def explain(
@@ -160,8 +164,8 @@ def expert_loads(layer: Layer, routing: TokenRouting) -> dict[str, np.ndarray]:
     kept = routing.kept & (routing.weight > 0)
     number_E = np.bincount(routing.expert[kept], minlength=layer.num_experts)
     weight_E = np.bincount(routing.expert[kept], routing.weight[kept], layer.num_experts)
-    dropped_E = np.bincount(routing.expert[~routing.kept], minlength=layer.num_experts) * (layer.router == "top_k")
-    tokens_E = weight_E if layer.router == "soft" else number_E
+    dropped_E = np.bincount(routing.expert[~routing.kept], minlength=layer.num_experts) * layer.per_token
+    tokens_E = weight_E if layer.soft else number_E
     share_E, mean_E = tokens_E / max(tokens_E.sum(), 1e-12), weight_E / np.maximum(number_E, 1)
     return {"number": tokens_E, "share": share_E, "mean weight": mean_E, "dropped": dropped_E}
 

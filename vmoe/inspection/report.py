@@ -28,6 +28,7 @@ from vmoe.inspection.results import (
     TypicalPatch,
     evenly_spaced,
 )
+from vmoe.moe.layer import ROUTERS
 from vmoe.utils.files import atomic_file
 
 MAX_BYTES = 15_000_000  # of the file; beyond it, fewer images are shown
@@ -157,7 +158,7 @@ def _routing_data(routings: list[TokenRouting | None], layer: LayerStatistics) -
     )
     if not ((weight_TK >= 0) & (weight_TK <= 1 + 1e-3)).all():  # NaN too
         raise ValueError(f"weights of {layer.name} must be in 0..1, got {weight_TK.min()} .. {weight_TK.max()}")
-    shown = choices if layer.router == "top_k" else min(choices, MAX_CHOICES)
+    shown = choices if ROUTERS[layer.router].per_token else min(choices, MAX_CHOICES)
     if shown < choices:
         order_TK = np.argsort(-np.where(kept_TK, weight_TK, -1), axis=-1, kind="stable")[:, :shown]
         expert_TK, weight_TK, kept_TK = (np.take_along_axis(a, order_TK, -1) for a in (expert_TK, weight_TK, kept_TK))

@@ -47,7 +47,7 @@ class LayerStatistics:
     name: str  # such as "blocks.1.mlp"
     num_experts: int  # E
     num_selected_experts: int  # experts that each token chooses; E where experts or slots choose
-    router: str  # "top_k", "expert_choice" or "soft"
+    router: str  # its name in `vmoe.moe.layer.ROUTERS`
     eval_capacity_factor: float | None  # of this run; None: no limit (top_k), or the factor of training (expert_choice)
     batch_priority: bool  # whether the tokens with the largest gates went first
     tokens: dict[str, int]  # {modality: tokens seen}; only the modalities that the layer met

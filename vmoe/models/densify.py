@@ -32,7 +32,7 @@ def measure_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]
             with record_routing(model) as record:
                 call(model, batch)
             for name, layer in record.calls:
-                rows_E = layer.gates[layer.mask].sum(0) if layer.router == "soft" else layer.load
+                rows_E = layer.gates[layer.mask].sum(0) if layer.routing.soft else layer.load
                 usage[name] = usage.get(name, 0) + rows_E.double().cpu()
     if not usage:
         raise ValueError("no usage to measure: there was no batch, or the model has no sparse layer")
@@ -156,7 +156,7 @@ def _plain_origin(layer: SparseMoE) -> UpcycledFrom:
 def _number_to_keep(layer: SparseMoE, keep: int | float, G: int, name: str) -> int:
     E = layer.num_experts
     number = round(keep * E / G) * G if 0 < keep < 1 else keep
-    least = layer.num_selected_experts if layer.router_type == "top_k" else 1
+    least = layer.num_selected_experts if layer.router.per_token else 1
     one_or_all = keep == 1 and isinstance(keep, float)
     if one_or_all or number % G or not least <= number <= E:
         raise ValueError(f"keep={keep} does not suit {name}: it needs {least}..{E} in steps of {G}, or a share below 1")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vmoe.models.vision import BlocksMixin, norm_queries_and_keys, sparse_blocks, take_routing, without_fused_attention
 from vmoe.moe import SparseMoE
+from vmoe.moe.layer import ROUTERS
 
 ROUTING_DEFAULTS = {"num_experts": 8, "num_selected_experts": 1}
 CONTEXT_LENGTH = 64  # by default, here and in LIMoE
@@ -69,7 +70,7 @@ def text_routing(kwargs: dict, defaults: dict) -> dict:
     settings = take_routing(kwargs, defaults)
     if kwargs:
         raise TypeError(f"the model got an unexpected keyword argument {next(iter(kwargs))!r}")
-    if settings.get("router") == "expert_choice":  # a dozen tokens need no multiple of four
+    if not ROUTERS[settings.get("router", "top_k")].per_token:  # a dozen tokens need no multiple of four
         settings.setdefault("capacity_multiple_of", 1)
     return settings
 

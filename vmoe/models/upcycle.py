@@ -27,6 +27,7 @@ from vmoe.models.vision import VisionMoE, sparse_blocks, without_decay
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import SETTING_NAMES, with_preset
 from vmoe.moe.experts import refuse_adapters
+from vmoe.moe.layer import ROUTERS
 from vmoe.utils.meta import meta_device
 
 TOWERS = ("image", "text", "both")
@@ -175,17 +176,16 @@ def _routing_settings(user: dict, G: int, num_models: int) -> dict:
     defaults |= {"normalize_weights": True, "capacity_factor": CAPACITY_FACTOR, **({"noise_std": 0.0} if G > 1 else {})}
     settings = with_preset(defaults, user)
     settings.pop("router_preset", None)
-    if settings["router"] == "soft" and "normalize_weights" not in user:
-        settings.pop("normalize_weights", None)  # its weights sum to one anyway
     if "expert_mlp" not in user:
         settings.pop("expert_mlp", None)  # the dense model decides, not a preset
-    if G > 1 and settings["router"] != "top_k":
+    per_token = ROUTERS[settings["router"]].per_token
+    if G > 1 and not per_token:
         raise ValueError(f"granularity={G} needs router='top_k', not {settings['router']!r}")
     for name, number in (("num_experts", num_models), ("num_selected_experts", 1)):
         if number * G > 1 and (not isinstance(settings[name], int) or settings[name] % (number * G)):
             parts = [f"granularity ({G})"] * (G > 1) + [f"the number of models ({number})"] * (number > 1)
             raise ValueError(f"{name} must be a multiple of {' times '.join(parts)}, got {settings[name]!r}")
-    if settings["router"] == "top_k" and settings["num_selected_experts"] == 1 and settings.get("normalize_weights"):
+    if per_token and settings["num_selected_experts"] == 1 and settings.get("normalize_weights"):
         warnings.warn(
             "upcycle: with num_selected_experts=1 and normalised weights only the auxiliary losses train the router; "
             "choose 2 experts, or normalize_weights=False",
@@ -197,8 +197,9 @@ def _routing_settings(user: dict, G: int, num_models: int) -> dict:
 def _outside_settings(mlp: nn.Module, is_text: bool, settings: dict, user: dict) -> dict:
     """The settings of a layer in a model that is not of this package."""
     settings = {**settings, "modalities": ("text" if is_text else "image",)}
-    if is_text and isinstance(mlp, nn.Sequential) and "capacity_factor" not in user and settings["router"] == "top_k":
-        settings["capacity_factor"] = None  # open_clip's, which passes padding on
+    passes_padding_on = is_text and isinstance(mlp, nn.Sequential)  # open_clip's
+    if passes_padding_on and "capacity_factor" not in user and ROUTERS[settings["router"]].per_token:
+        settings["capacity_factor"] = None
     return settings
 
 
@@ -272,9 +273,9 @@ def _sparse_layer(settings: dict, G: int, models: Sequence[nn.Module], name: str
     if G > 1 and norm is not None:
         raise UpcycleError(f"granularity={G} cannot split an MLP that normalises its hidden units; use 1")
     owners = [model.get_submodule(name.rsplit(".", n)[0]) for n in range(1, name.count(".") + 1)]
-    by_sequence = settings["router"] != "top_k" or settings.get("per_image")
+    by_sequence = not ROUTERS[settings["router"]].per_token or settings.get("per_image")
     if by_sequence and not all(getattr(owner, "batch_first", True) for owner in owners):
-        own = "per_image=True" if settings["router"] == "top_k" else f"router={settings['router']!r}"
+        own = "per_image=True" if settings.get("per_image") else f"router={settings['router']!r}"
         raise ValueError(f"{own} needs sequences first: this tower has batch_first=False")
     own_mlp = "mlp" if not layout.gated else "geglu" if isinstance(act, nn.GELU) else "swiglu"
     settings = {"expert_mlp": own_mlp, **settings}

@@ -54,6 +54,8 @@ class ExpertChoiceAssignment(Assignment):
 class ExpertChoiceRouter(Gate):
     """The router of expert choice: softmax over the experts, with the noise of `Gate` in training."""
 
+    per_token = False
+
     def __init__(self, dim: int, config: RoutingSettings, device=None, dtype=None) -> None:
         super().__init__(dim, config, device, dtype)
         self.reset_parameters()

@@ -140,7 +140,7 @@ class SparseMoE(nn.Module):
         if x_BTD.shape[-1] != self.in_features:
             raise ValueError(f"the tokens have {x_BTD.shape[-1]} channels, and the layer takes {self.in_features}")
         leading = x_BTD.shape[:-1]
-        by_sequence = self.router_type != "top_k" and len(leading) > 1
+        by_sequence = not self.router.per_token and len(leading) > 1
         size = math.prod(leading[1:]) if by_sequence else None
         if self.group_size:
             if self.group_size % self.ensemble_size:
@@ -154,7 +154,7 @@ class SparseMoE(nn.Module):
 
     def _capacity(self) -> Capacity:
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        if self.router_type == "expert_choice" and factor is None:
+        if factor is None and not self.router.per_token:  # experts that choose always have a limit
             factor = self.capacity_factor
         return Capacity(self.capacity, factor, self.capacity_rounding, self.capacity_multiple_of)
 
@@ -187,7 +187,6 @@ class SparseMoE(nn.Module):
                 loss_function=self.losses,
                 learns=self._learns,
                 attached=attached,
-                router=self.router_type,
                 backend=backend_name(self.experts, y_GND),
             )
             record.calls.append((record.names[self], routing))
@@ -196,7 +195,7 @@ class SparseMoE(nn.Module):
 
 def _with_slots(config: RoutingSettings, num_tokens: int | None) -> RoutingSettings:
     """Soft routing with its number of slots, which follows from the capacity factor if it is not given."""
-    if config.router != "soft" or config.num_slots is not None:
+    if not ROUTERS[config.router].soft or config.num_slots is not None:
         return config
     tokens = config.group_size or num_tokens
     if tokens is None:

@@ -41,7 +41,6 @@ class LayerRouting:
         loss_function: the layer's weighted losses.
         learns: the layer is in training and its gate is not frozen.
         attached: the layer adds the gradients of its losses itself (`auxiliary_loss="attach"`).
-        router: "top_k", "expert_choice" or "soft".
         backend: what computed the experts: "reference" or "triton".
     """
 
@@ -56,7 +55,6 @@ class LayerRouting:
     loss_function: AuxiliaryLosses
     learns: bool
     attached: bool
-    router: str
     backend: str
 
     @property

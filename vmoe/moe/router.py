@@ -35,6 +35,7 @@ class Routing:
         combine_weights_GNK: their weights; None likewise.
         chosen_GNK: bool, False where the router itself dropped a choice; None: none.
         importance_GNE: what the importance loss sums over the tokens, if not the gates (Shazeer et al.: the weights).
+        soft: the experts see weighted means of tokens, see `Router`.
         ensemble_size: M. The groups of the first member come first, and E of all tensors is the number of experts of
             one member; `expert_index_GNK` counts all experts, member by member.
     """
@@ -48,6 +49,7 @@ class Routing:
     combine_weights_GNK: Tensor | None = None
     chosen_GNK: Tensor | None = None
     importance_GNE: Tensor | None = None
+    soft: bool = False
     ensemble_size: int = 1
 
     @property
@@ -208,7 +210,15 @@ def lecun_normal_(weight: Tensor, fan_in: int) -> None:
 
 
 class Router(nn.Module, ABC):
-    """Tokens to logits, which is `forward`: hooks and tools see tensors only. A call of the router assigns them too."""
+    """Tokens to logits, which is `forward`: hooks and tools see tensors only. A call of the router assigns them too.
+
+    Attributes:
+        per_token: each token chooses its experts. False: the experts or slots choose among the tokens of a sequence.
+        soft: the experts see weighted means of tokens. Loads are then sums of weights, and no token is dropped.
+    """
+
+    per_token: bool
+    soft = False
 
     def __call__(self, x_GND: Tensor, groups: TokenGroups, capacity: Capacity, batch_priority: bool) -> Assignment:
         return self.assign(super().__call__(x_GND), groups, capacity, batch_priority)
@@ -323,6 +333,7 @@ class TopKRouter(Gate):
     how often each expert was chosen since the last update.
     """
 
+    per_token = True
     # A user who forgets `update_expert_bias` gets an unbalanced model and no error, so there is one warning.
     CALLS_BEFORE_WARNING = 1000
 

@@ -65,6 +65,9 @@ class SoftAssignment(Assignment):
 class SoftRouter(Router):
     """Cosine similarity of tokens and learned `slots`, (E, P, D), times a learned `scale`; in training with noise."""
 
+    per_token = False
+    soft = True
+
     def __init__(self, dim: int, config: RoutingSettings, device=None, dtype=None) -> None:
         super().__init__()
         self.noise_std = config.noise_std
@@ -104,5 +107,5 @@ class SoftRouter(Router):
                 dispatch_GMNS = dispatch_GMNS.masked_fill(outside, 0)
             noisy_gates_GNE = noisy_GNE.softmax(-1)
             gates_GNE = noisy_gates_GNE if noise_std is None else clean_GNE.softmax(-1)
-        routing = Routing(clean_GNE, noisy_GNE, gates_GNE, noisy_gates_GNE, noise_std)
+        routing = Routing(clean_GNE, noisy_GNE, gates_GNE, noisy_gates_GNE, noise_std, soft=True)
         return SoftAssignment(routing, P * math.prod(dispatch_GMNS.shape[:2]), dispatch_GMNS, combine_GNS, mask_GMN)

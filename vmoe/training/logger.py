@@ -136,7 +136,7 @@ def expert_metrics(record: RoutingRecord) -> dict[str, float]:
     for name, routing in record.layers.items():
         for modality, own_GN in routing.mask_by_modality.items():
             sums = {"importance": routing.gates.detach()[own_GN].sum(0), "tokens": own_GN.sum()}
-            if routing.router != "soft":
+            if not routing.routing.soft:
                 sums["load"] = routing.load_by_modality[modality]
             sums = sum_over_processes(sums)
             totals = {"importance": sums.pop("tokens"), "load": sums.get("load", torch.zeros(1)).sum()}
