@@ -14,7 +14,7 @@ from write_sharded import pack_array, write_arrays
 
 from vmoe.convert.arrays import CheckpointError, in_memory
 from vmoe.convert.orbax import find_orbax, open_orbax
-from vmoe.convert.reference import plan
+from vmoe.convert.reference_models import plan
 from vmoe.convert.section import ConfigError
 from vmoe.convert.sharded import open_sharded
 from vmoe.convert.to_safetensors import convert_checkpoint, resolve_config

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vmoe.cli.command import exit_code
-from vmoe.evaluation.paths import check_index
+from vmoe.evaluation.index_paths import check_index
 from vmoe.utils.config import ConfigError, check_types, parse_config
 from vmoe.utils.optional import import_optional
 from vmoe.utils.paths import check_checkpoint

@@ -9,7 +9,7 @@ from typing import Literal
 from vmoe.cli.command import exit_code
 from vmoe.data.config import LoaderConfig, SourceConfig
 from vmoe.data.images import Reading, find_images
-from vmoe.evaluation.paths import check_new_index
+from vmoe.evaluation.index_paths import check_new_index
 from vmoe.utils.config import ConfigError, check_types, parse_config
 from vmoe.utils.paths import check_checkpoint
 from vmoe.utils.printable import safe_output

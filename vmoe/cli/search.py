@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from vmoe.cli.command import exit_code
 from vmoe.data.images import BadSample
-from vmoe.evaluation.paths import check_index
+from vmoe.evaluation.index_paths import check_index
 from vmoe.utils.config import ConfigError
 from vmoe.utils.paths import check_checkpoint
 from vmoe.utils.printable import printable, safe_output

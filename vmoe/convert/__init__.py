@@ -8,7 +8,7 @@ from vmoe.utils.lazy import lazy_names
 if TYPE_CHECKING:
     from vmoe.convert.arrays import CheckpointError
     from vmoe.convert.clip_moe import from_clip_moe
-    from vmoe.convert.reference import from_reference, to_reference
+    from vmoe.convert.reference_models import from_reference, to_reference
     from vmoe.convert.reference_settings import reference_config
     from vmoe.convert.released import RELEASED
     from vmoe.convert.section import ConfigError
@@ -21,7 +21,7 @@ __getattr__, __all__ = lazy_names(
     {
         "vmoe.convert.arrays": "CheckpointError",
         "vmoe.convert.clip_moe": "from_clip_moe",
-        "vmoe.convert.reference": "from_reference to_reference",
+        "vmoe.convert.reference_models": "from_reference to_reference",
         "vmoe.convert.reference_settings": "reference_config",
         "vmoe.convert.released": "RELEASED",
         "vmoe.convert.section": "ConfigError",

@@ -12,7 +12,7 @@ from vmoe.convert.arrays import CheckpointError, StoredArray, list_names, select
 from vmoe.convert.clip_moe import UNUSED as CLIP_MOE_UNUSED
 from vmoe.convert.clip_moe import is_clip_moe, plan_clip_moe
 from vmoe.convert.orbax import find_orbax, open_orbax
-from vmoe.convert.reference import plan
+from vmoe.convert.reference_models import plan
 from vmoe.convert.released import RELEASED
 from vmoe.convert.section import ConfigError, Section
 from vmoe.convert.siglino import UNUSED as SIGLINO_UNUSED

@@ -22,9 +22,9 @@ from rich.console import Console
 
 from vmoe.data import ImageDataset, LoaderConfig, eval_loader
 from vmoe.evaluation.features import features_key, image_features
+from vmoe.evaluation.index_paths import check_index, check_new_index, import_pyarrow
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.loaded_model import LoadedModel, weights_fingerprint
-from vmoe.evaluation.paths import check_index, check_new_index, import_pyarrow
 from vmoe.evaluation.results_file import Progress, library_versions
 from vmoe.models.spec import model_spec
 from vmoe.utils.config import ConfigError

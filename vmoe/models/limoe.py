@@ -23,8 +23,8 @@ from vmoe.models.contrastive import INIT_LOGIT_SCALE, ImageTextModel
 from vmoe.models.text import SIZES, STYLE, attention_bias, embed_text, make_blocks, masked_mean, text_mask, text_routing
 from vmoe.models.vision import BlocksMixin, without_fused_attention
 from vmoe.moe import SparseMoE
+from vmoe.moe.autograd import on_eager_cpu
 from vmoe.moe.config import PRESETS
-from vmoe.moe.transforms import may_ask
 
 MODALITIES = ("image", "text")
 ROUTING_DEFAULTS = {**PRESETS["limoe"], "num_experts": 32, "local_entropy_loss": {"text": 0.01}}
@@ -192,7 +192,7 @@ class LIMoE(BlocksMixin, ImageTextModel):
 
     def packs(self, x: Tensor) -> bool:
         """In training on a CPU blocks skip padding, a tenth of a step. Stochastic depth needs rows."""
-        if not self.training or not may_ask(x.device):
+        if not self.training or not on_eager_cpu(x.device):
             return False
         return not any(isinstance(module, DropPath) for module in self.blocks.modules())
 

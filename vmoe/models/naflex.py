@@ -19,7 +19,7 @@ from timm.models.naflexvit import NaFlexVit, checkpoint_filter_fn
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from vmoe.models.registration import register_models
+from vmoe.models.timm_builder import register_models
 from vmoe.models.vision import (
     ROUTING_DEFAULTS,
     check_rotation,

@@ -7,7 +7,7 @@ from timm.models import generate_default_cfgs, load_pretrained, register_model, 
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from vmoe.models.registration import ABOUT_WEIGHTS, register_models
+from vmoe.models.timm_builder import ABOUT_WEIGHTS, register_models
 from vmoe.models.vision import VisionMoE
 
 _TINY = {"img_size": 48, "patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4}

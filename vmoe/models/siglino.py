@@ -24,9 +24,9 @@ from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vmoe.models.registration import register_models
 from vmoe.models.siglino_attention import SinkAttention, golden_frequencies, patch_positions, rotation
 from vmoe.models.text import attention_bias, masked_mean, text_routing
+from vmoe.models.timm_builder import register_models
 from vmoe.models.vision import BlocksMixin, sparse_blocks, without_fused_attention
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import PRESETS

@@ -19,7 +19,7 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor, nn
 
-from vmoe.models.registration import register_models
+from vmoe.models.timm_builder import register_models
 from vmoe.models.vision import sparse_blocks, take_routing, without_decay, without_fused_attention
 from vmoe.moe import SparseMoE
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmoe.moe.transforms import apply, may_ask, transformable, zeros_if_none
+from vmoe.moe.autograd import apply, on_eager_cpu, transformable, zeros_if_none
 
 
 def expert_capacity(
@@ -83,7 +83,7 @@ class DispatchPlan:
 
     Attributes:
         assignment_R: flat index into (G, N, K) of the assignment that fills each row; -1 for an unused row. Unused rows
-            come last, and only where the number of rows must not depend on the data (not `may_ask`).
+            come last, and only where the number of rows must not depend on the data (not `on_eager_cpu`).
         row_A: row of each assignment, -1 if it was dropped or its token is padding.
         count_E: kept rows of each expert.
         position_GNK: index of each assignment in its expert's queue (0 first), kept or not; meaningless for padding.
@@ -146,7 +146,7 @@ def plan_dispatch(
     position_GNK = torch.empty_like(served_A).scatter_(0, order_A, served_A).view(G, N, K)
     length_EG = length_Q[: E * G].view(E, G)
     may_drop = capacity is not None or mask_GN is not None or chosen_GNK is not None
-    may_pad = may_drop and not may_ask(device)
+    may_pad = may_drop and not on_eager_cpu(device)
     if not may_drop:
         assignment_R, row_A = order_A, torch.empty_like(order_A).scatter_(0, order_A, torch.arange(A, device=device))
     else:
@@ -249,7 +249,7 @@ def _take(x_MD: Tensor, index_R: Tensor, holes: bool) -> Tensor:
         return x_MD.index_select(0, index_R)
     if x_MD.shape[0] == 0:
         return x_MD.new_zeros(index_R.shape[0], x_MD.shape[1])
-    if may_ask(x_MD.device):
+    if on_eager_cpu(x_MD.device):
         # A row of zeros at the end: on a CPU, filling rows of the result by a mask takes ten times as long.
         M, D = x_MD.shape
         return torch.cat([x_MD, x_MD.new_zeros(1, D)]).index_select(0, torch.where(index_R < 0, M, index_R))
@@ -280,7 +280,7 @@ class _WeightedSum(torch.autograd.Function):
     def forward(
         y_RD: Tensor, weight_SK: Tensor, row_SK: Tensor, assignment_R: Tensor, may_drop: bool, may_pad: bool
     ) -> Tensor:
-        if may_ask(y_RD.device):
+        if on_eager_cpu(y_RD.device):
             return _sum_of_bags(y_RD, weight_SK, row_SK, may_drop)
         y_SKD = _take(y_RD, row_SK.flatten(), may_drop).view(*row_SK.shape, y_RD.shape[1])
         if y_RD.element_size() < 4:  # `sum` adds in float32; one by one, each addition would be rounded

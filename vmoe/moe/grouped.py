@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import register_flop_formula
 
-from vmoe.moe.transforms import apply, may_ask, transformable, transforms_active, zeros_if_none
+from vmoe.moe.autograd import apply, on_eager_cpu, transformable, transforms_active, zeros_if_none
 
 
 def local_experts(parameter: Tensor | None) -> Tensor | None:
@@ -109,13 +109,13 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, cou
     that whatever follows is as finite for them as for the others (zero where all are unused).
     """
     end_E = count_E.cumsum(0)
-    if may_ask(x_RI.device) and int(end_E[-1]) == x_RI.shape[0]:
+    if on_eager_cpu(x_RI.device) and int(end_E[-1]) == x_RI.shape[0]:
         return apply(_GroupedLinear, x_RI, weight_EOI, bias_EO, end_E)
     used_R1 = torch.arange(x_RI.shape[0], device=x_RI.device)[:, None] < end_E[-1]
     by_torch = x_RI.dtype == torch.bfloat16 and not transforms_active()
     if torch.compiler.is_exporting():
         y_RO = _by_segments(x_RI, weight_EOI, bias_EO, end_E)
-    elif by_torch and not may_ask(x_RI.device):
+    elif by_torch and not on_eager_cpu(x_RI.device):
         y_RO = _by_torch(x_RI, weight_EOI, bias_EO, end_E, used_R1)
     else:
         y_RO = apply(_GroupedLinear, x_RI, weight_EOI, bias_EO, end_E)

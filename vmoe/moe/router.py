@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmoe.moe.autograd import apply, transformable, transforms_active, zeros_if_none
 from vmoe.moe.config import RoutingSettings
 from vmoe.moe.dispatch import Capacity, DispatchPlan, combine, dispatch, plan_dispatch
 from vmoe.moe.groups import TokenGroups
-from vmoe.moe.transforms import apply, transformable, transforms_active, zeros_if_none
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ def transforms_active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def may_ask(device: torch.device) -> bool:
-    """Python may read values and make shapes of them: not on a GPU, which it would wait for, nor in compiled code or
-    under transforms."""
+def on_eager_cpu(device: torch.device) -> bool:
+    """Eager code on a CPU, without transforms: Python may read values, and make shapes of them, without waiting."""
     return device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_active()
 
 
