@@ -42,10 +42,10 @@ def tiny(**settings):
 
 def test_neighbours_share_a_model(four_processes):
     meshes = make_meshes(MeshSize(1, 2, 2), CPU)
-    assert meshes.whole.mesh.tolist() == [[[0, 1], [2, 3]]]
+    assert meshes.world.mesh.tolist() == [[[0, 1], [2, 3]]]
     # Dense weights are replicated over `ep` and sharded over `dp_shard`.
     assert meshes.dense.mesh.tolist() == [[0, 2], [1, 3]]
-    assert meshes.whole["dp_replicate", "dp_shard"].mesh.tolist() == [[0, 2]]
+    assert meshes.world["dp_replicate", "dp_shard"].mesh.tolist() == [[0, 2]]
 
 
 def test_every_weight_is_sharded_as_the_mesh_says(four_processes):

@@ -12,7 +12,7 @@ import vmoe
 from vmoe.evaluation.confusion import write_csv
 from vmoe.moe import SparseMoE
 from vmoe.training.logger import read_metrics
-from vmoe.training.superclasses import SuperclassGuide, cluster_classes
+from vmoe.training.superclasses import SuperclassLoss, cluster_classes
 from vmoe.utils.config import ConfigError
 
 from .test_trainer import run
@@ -38,8 +38,9 @@ def test_the_loss_is_the_cross_entropy_of_the_gates(tmp_path, settings):
     M = settings.get("ensemble_size", 1)
     layer = SparseMoE(8, 8, num_experts=2 * M, **settings)
     (tmp_path / "map.json").write_text('{"a": 0, "b": 1, "c": 0}')
-    guide = SuperclassGuide(SimpleNamespace(source=str(tmp_path / "map.json"), weight=1.0), layer, ["a", "b", "c"])
-    assert guide.describe() == "super-classes: a, c | b"
+    settings = SimpleNamespace(source=str(tmp_path / "map.json"), weight=1.0)
+    superclasses = SuperclassLoss(settings, layer, ["a", "b", "c"])
+    assert superclasses.describe() == "super-classes: a, c | b"
     x = torch.randn(2 * M, 5, 8)
     mask = (torch.arange(5) < torch.tensor([[3], [5]])).repeat_interleave(M, 0)
     with vmoe.record_routing(layer) as record:
@@ -53,10 +54,10 @@ def test_the_loss_is_the_cross_entropy_of_the_gates(tmp_path, settings):
         losses.append(-logits.log_softmax(-1).mean(0))
         right.append((logits.argmax(-1) == (labels[b // M] == 1)).float().mean())
     loss = lambda target: torch.stack([target[b // M] @ losses[b] for b in range(2 * M)]).mean()  # noqa: E731
-    found = guide(record, labels)
+    found = superclasses(record, labels)
     torch.testing.assert_close(found["superclass_loss"], loss(torch.eye(2)))
     torch.testing.assert_close(found["superclass_top1"], torch.stack(right).mean())
-    mixed = guide(record, share)["superclass_loss"]  # as mixup mixes labels
+    mixed = superclasses(record, share)["superclass_loss"]  # as mixup mixes labels
     torch.testing.assert_close(mixed, loss(torch.tensor([[0.4, 0.6], [0.0, 1.0]])))
 
 
@@ -103,7 +104,7 @@ def test_bad_maps_are_one_sentence(tmp_path, name, content, message):
         source.write_text(content)
     settings = SimpleNamespace(source=str(source), weight=1.0)
     with pytest.raises(ConfigError, match=message) as error:
-        SuperclassGuide(settings, SparseMoE(8, 8, num_experts=2), COLOURS)
+        SuperclassLoss(settings, SparseMoE(8, 8, num_experts=2), COLOURS)
     assert str(error.value).startswith("train.superclasses.source") or "they must agree" in message
     with pytest.raises(ConfigError, match="needs sparse layers with router='top_k'"):
-        SuperclassGuide(settings, nn.Linear(2, 2), COLOURS)
+        SuperclassLoss(settings, nn.Linear(2, 2), COLOURS)

@@ -58,14 +58,14 @@ class Meshes:
     """The device meshes of a job, of all its processes."""
 
     size: MeshSize
-    whole: DeviceMesh  # (dp_replicate, dp_shard, ep); without the last: processes that hold the same experts
+    world: DeviceMesh  # (dp_replicate, dp_shard, ep); without the last: processes that hold the same experts
     dense: DeviceMesh  # (replicas, shards) of all but the experts; replicas are dp_replicate x ep, left out if 1
 
     @property
     def copies_of_experts(self) -> DeviceMesh:
         """(dp_replicate, dp_shard) of the experts in one process of `ep`; the first is left out if 1."""
         # Planning an operation on a DTensor takes time exponential in the number of the mesh's dimensions.
-        return self.whole["dp_shard"] if self.size.dp_replicate == 1 else self.whole["dp_replicate", "dp_shard"]
+        return self.world["dp_shard"] if self.size.dp_replicate == 1 else self.world["dp_replicate", "dp_shard"]
 
 
 def make_meshes(size: MeshSize, device: torch.device) -> Meshes:

@@ -53,7 +53,7 @@ def parallelize(model: nn.Module, meshes: Meshes, device: torch.device) -> nn.Mo
         raise ConfigError(f"parallel.ep is {ep}, but the model has no experts; set it to 1")
     for name, module in experts.items():
         if ep > 1:
-            _shard_experts(name, module, meshes.whole["ep"])
+            _shard_experts(name, module, meshes.world["ep"])
         mesh = meshes.dense if ep == 1 else meshes.copies_of_experts
         fully_shard(module, mesh=mesh, shard_placement_fn=partial(_placement, dp_shard, ep))
     # FSDP2 cannot shard a scalar; those (the logit scale) are replicated, see `synchronize_scalars`, and so are

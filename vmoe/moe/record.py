@@ -60,7 +60,7 @@ class LayerRouting:
     @property
     def gates(self) -> Tensor:
         """(G, N, E) softmax of the gate's logits, without noise; zero for experts of an ensemble's other members."""
-        return self.routing.spread(self.routing.gates_GNE)
+        return self.routing.over_all_experts(self.routing.gates_GNE)
 
     @property
     def modalities(self) -> tuple[str, ...]:

@@ -73,14 +73,14 @@ class Routing:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: function(of) for name, of in values.items() if isinstance(of, Tensor)})
 
-    def in_all(self, index_GNK: Tensor) -> Tensor:
+    def global_index(self, index_GNK: Tensor) -> Tensor:
         """Indices among the experts of each group's member as indices among all experts."""
         if (M := self.ensemble_size) == 1:
             return index_GNK
         own = self.gates_GNE.shape[-1]
         return add_by_member(index_GNK, torch.arange(0, M * own, own, device=index_GNK.device), M)
 
-    def spread(self, x_GNE: Tensor) -> Tensor:
+    def over_all_experts(self, x_GNE: Tensor) -> Tensor:
         """Values for the experts of each group's member as values for all experts, zero for those of other members."""
         if (M := self.ensemble_size) == 1:
             return x_GNE
@@ -128,7 +128,7 @@ class Assignment(ABC):
         index_GNE = self.routing.noisy_gates_GNE.detach().argsort(dim=-1, descending=True, stable=True)
         # Without a gradient: under activation checkpointing a layer must save the same, recorded or not.
         weights_GNE, kept_GNE = weights_GNE.detach().gather(-1, index_GNE), kept_GNE.gather(-1, index_GNE)
-        return self.routing.in_all(index_GNE), weights_GNE, kept_GNE
+        return self.routing.global_index(index_GNE), weights_GNE, kept_GNE
 
 
 @dataclass(frozen=True)
@@ -405,7 +405,7 @@ class TopKRouter(Gate):
                 chosen_GNK = torch.rand_like(weights_GNK) * self.random_threshold < weights_GNK
                 chosen_GNK = chosen_GNK | (torch.arange(self.num_selected_experts, device=device) == 0)
         choice = {"combine_weights_GNK": weights_GNK, "chosen_GNK": chosen_GNK}
-        choice["expert_index_GNK"] = routing.in_all(index_GNK)
+        choice["expert_index_GNK"] = routing.global_index(index_GNK)
         if self.learned_noise:
             choice["importance_GNE"] = torch.zeros_like(scores_GNE).scatter(-1, index_GNK, weights_GNK)
         return replace(routing, **choice)

@@ -22,12 +22,12 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from vmoe.distributed.collectives import CheckpointError, Team
 from vmoe.models import manifest
 from vmoe.models.factory import file_metadata
 from vmoe.models.manifest import TRAINER, UNFINISHED, find_problems, list_checkpoints, newest_complete, step_of
 from vmoe.models.serialization import SETTINGS_NAME, StoredTensors, checkpoint_weights, load_weights, write_tensors
 from vmoe.moe.experts import has_adapters
+from vmoe.training.checkpoint_group import CheckpointError, CheckpointGroup
 from vmoe.training.distill import PROJECTION, without_projection
 from vmoe.training.lora import merge_lora
 from vmoe.training.optimizer_state import export_state, import_state
@@ -56,7 +56,7 @@ class Checkpointer:
 
     def __init__(self, run: Path, keep_last: int, asynchronous: bool = False) -> None:
         self.run, self.parent, self.keep_last = run, run / "checkpoints", keep_last
-        self._team = Team()
+        self._group = CheckpointGroup()
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._writing: Future[None] | None = None
         self._complete: set[Path] = set()  # known to be undamaged without reading them again
@@ -81,7 +81,7 @@ class Checkpointer:
         self.wait()
         final = self.parent / f"step_{step:06d}"
         weights = {MODEL: model} | ({} if ema is None else {EMA: ema})
-        (contents,) = self._team.run(lambda: self._collect(weights, optimizer, trainer, extra), final, collect=False)
+        (contents,) = self._group.run(lambda: self._collect(weights, optimizer, trainer, extra), final, collect=False)
         if self._thread is not None:
             self._writing = self._thread.submit(self._write, contents, final, best)
         else:
@@ -120,7 +120,7 @@ class Checkpointer:
         metadata = {part: metadata.get(part, {"format": "pt"}) for part in tensors}
         sharded = any(isinstance(tensor, DTensor) for tensor in tensors[MODEL].values())
         text = json.dumps({"format": FORMAT, "trainer": trainer, "optimizer": rest})  # as it is now
-        if not sharded and self._team.rank > 0:  # process 0 writes all of it
+        if not sharded and self._group.rank > 0:  # process 0 writes all of it
             tensors = {part: {} for part in tensors}
 
         def ready(tensor: Tensor) -> Tensor:
@@ -132,9 +132,9 @@ class Checkpointer:
 
     def _write(self, contents: _Contents, final: Path, best: int | None) -> None:
         unfinished = final.with_name(final.name + UNFINISHED)
-        if not self._team.run_first(lambda: self._begin(unfinished, final), final):
+        if not self._group.run_first(lambda: self._begin(unfinished, final), final):
             self._write_files(contents, unfinished, final)
-        if self._team.rank == 0:
+        if self._group.rank == 0:
             if best is not None:
                 link_best(self.run, best)
             try:
@@ -143,18 +143,18 @@ class Checkpointer:
                 logger.warning("an old checkpoint in %s could not be removed: %s", self.parent, error)
 
     def _write_files(self, contents: _Contents, unfinished: Path, final: Path) -> None:
-        team = self._team
+        group = self._group
         try:
             if contents.sharded:
                 for part, tensors in contents.tensors.items():
-                    team.run(partial(self._write_shards, tensors, unfinished / part), final)
-            files = team.run(lambda: self._write_own(contents, unfinished), final)
-            team.run_first(lambda: self._finish(unfinished, final, files), final)
+                    group.run(partial(self._write_shards, tensors, unfinished / part), final)
+            files = group.run(lambda: self._write_own(contents, unfinished), final)
+            group.run_first(lambda: self._finish(unfinished, final, files), final)
         except CheckpointError:
-            if team.rank == 0:
+            if group.rank == 0:
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        if team.rank == 0:
+        if group.rank == 0:
             self._complete.add(final)
 
     def _begin(self, unfinished: Path, final: Path) -> bool:
@@ -170,13 +170,13 @@ class Checkpointer:
     def _write_shards(self, tensors: dict[str, Tensor], folder: Path) -> None:
         writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
         planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=self._team.group)
+        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=self._group.group)
 
     def _write_own(self, contents: _Contents, unfinished: Path) -> dict[str, dict[str, Any]]:
         """Writes what is not in shards; returns the manifest's entries of this process's files."""
-        shards = unfinished.glob(f"*/shard-{self._team.rank + 1:05d}-*") if contents.sharded else ()
+        shards = unfinished.glob(f"*/shard-{self._group.rank + 1:05d}-*") if contents.sharded else ()
         names = [file.relative_to(unfinished).as_posix() for file in shards]
-        if self._team.rank == 0:
+        if self._group.rank == 0:
             for part, tensors in contents.tensors.items():
                 if not contents.sharded:
                     tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -191,7 +191,7 @@ class Checkpointer:
 
     def _finish(self, unfinished: Path, final: Path, files: list[dict[str, Any]]) -> None:
         every = {name: entry for own in files for name, entry in own.items()}
-        facts = {"step": step_of(final), "world_size": self._team.world}
+        facts = {"step": step_of(final), "world_size": self._group.world}
         _sync(manifest.write_manifest(unfinished, facts, every))
         problems = find_problems(unfinished, share=(len(every), len(every) + 1))  # the hashes were just taken
         if problems:
@@ -233,13 +233,13 @@ def link_best(run: Path, step: int) -> None:
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest undamaged checkpoint of a run, for all processes, or None; CheckpointError: all are damaged."""
-    team = Team()
-    checkpoints = team.run_first(lambda: list_checkpoints(run), run)
-    found = newest_complete(checkpoints, logger if team.rank == 0 else None, team.find_problems)
+    group = CheckpointGroup()
+    checkpoints = group.run_first(lambda: list_checkpoints(run), run)
+    found = newest_complete(checkpoints, logger if group.rank == 0 else None, group.find_problems)
     if found is None and checkpoints:
         raise CheckpointError(
             f"all checkpoints in {run / 'checkpoints'} are damaged, the newest one here: "
-            f"{team.find_problems(checkpoints[-1])[0]}; choose another output_dir to start from scratch"
+            f"{group.find_problems(checkpoints[-1])[0]}; choose another output_dir to start from scratch"
         )
     return found
 
@@ -252,11 +252,11 @@ def load_checkpoint(
     Returns the `trainer` of `Checkpointer.save`. None for `ema` or `optimizer` does not load it. A CheckpointError
     names what is missing or damaged, or the tensors that do not fit.
     """
-    team = Team()
-    problems = team.find_problems(checkpoint)
+    group = CheckpointGroup()
+    problems = group.find_problems(checkpoint)
     if problems:
         raise CheckpointError(f"{checkpoint} is damaged: {problems[0]}; remove it to continue from the one before")
-    return team.run(lambda: _load(checkpoint, model, ema, optimizer), checkpoint, collect=False)[0]
+    return group.run(lambda: _load(checkpoint, model, ema, optimizer), checkpoint, collect=False)[0]
 
 
 def _load(checkpoint: Path, model: nn.Module, ema: nn.Module | None, optimizer: Optimizer | None) -> dict[str, Any]:

@@ -115,16 +115,16 @@ class Distiller:
         """The loss of the labels together with the teacher's, of the student's images and logits."""
         settings, parts = self.settings, {}
         with self._timed():
-            taught_BC = self._scores(self.adapt(images))
+            teacher_BC = self._scores(self.adapt(images))
             copies = len(logits_BC) // len(images)  # of each image, if the student is an ensemble
-            taught_BC = taught_BC.repeat_interleave(copies, dim=0)
+            teacher_BC = teacher_BC.repeat_interleave(copies, dim=0)
         if settings.weight:
-            parts["distill_loss"] = soft_loss(logits_BC, taught_BC, settings.temperature)
+            parts["distill_loss"] = soft_loss(logits_BC, teacher_BC, settings.temperature)
         if settings.features:
             projected = self._project(self._features.pop("student"))
-            taught_BD = self._features["teacher"].unflatten(0, (len(images), -1)).mean(1)
-            taught_BD = taught_BD.repeat_interleave(len(projected) // len(images), dim=0)
-            parts["feature_loss"] = feature_loss(projected, taught_BD)
+            teacher_BD = self._features["teacher"].unflatten(0, (len(images), -1)).mean(1)
+            teacher_BD = teacher_BD.repeat_interleave(len(projected) // len(images), dim=0)
+            parts["feature_loss"] = feature_loss(projected, teacher_BD)
         return self._together(loss, parts)
 
     def contrastive(self, loss: Tensor, outputs: dict[str, Tensor], ask: Callable[[nn.Module], dict]) -> Tensor:
@@ -134,10 +134,10 @@ class Distiller:
         `outputs` are the student's, and `ask` gives the teacher's.
         """
         with self._timed():
-            taught = ask(self.teacher)
+            found = ask(self.teacher)
         with torch.autocast(loss.device.type, enabled=False):
             names = ("image_features", "text_features", "logit_scale")
-            own, theirs = (self._similarities(*(each[name] for name in names)) for each in (outputs, taught))
+            own, theirs = (self._similarities(*(each[name] for name in names)) for each in (outputs, found))
             losses = [soft_loss(*pair, self.settings.temperature) for pair in zip(own, theirs)]
         return self._together(loss, {"distill_loss": sum(losses) / 2})
 

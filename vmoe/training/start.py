@@ -36,8 +36,8 @@ def start_lines(
     frozen = "" if trainable == profile["parameters_total"] else f", {trainable / 1e6:.2f} M trained"
     total, active = (profile[f"parameters_{kind}"] / 1e6 for kind in ("total", "active"))
     yield f"model: {task.name}, {total:.2f} M parameters, {active:.2f} M active per token{frozen}"
-    if task.guide is not None:
-        yield task.guide.describe()
+    if task.superclasses is not None:
+        yield task.superclasses.describe()
     yield f"weights: {'; '.join(_weights(model)) or config.model.pretrained or 'new'}"
     if far := dict(getattr(model, "upcycle_differences", {})):
         whole = far.pop("output", None)

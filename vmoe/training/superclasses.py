@@ -1,4 +1,4 @@
-"""Super-classes (`train.superclasses`): classes that a model confuses share an expert, and the gates are taught which.
+"""Super-classes (`train.superclasses`): classes that a model confuses share an expert, and the gates learn which.
 
 Daxberger et al., Mobile V-MoEs (arXiv 2309.04354, section 2.2). The paper's single gate routes for all sparse layers;
 here each layer has its own, and the loss is their mean.
@@ -89,8 +89,8 @@ def _given(of_class: object, classes: Sequence[str], number: int) -> list[int]:
     return [of_class[name] for name in classes]
 
 
-class SuperclassGuide:
-    """The loss that teaches the gates of a model.
+class SuperclassLoss:
+    """The cross-entropy of the gates and the super-classes of the labels.
 
     Attributes:
         of_class: the super-class of each class, which is the index of its expert.

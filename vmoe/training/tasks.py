@@ -42,7 +42,7 @@ from vmoe.moe.quantize import experts_kept_as
 from vmoe.training.config import STEPS, Config
 from vmoe.training.distill import Distiller
 from vmoe.training.logger import say
-from vmoe.training.superclasses import SuperclassGuide
+from vmoe.training.superclasses import SuperclassLoss
 from vmoe.training.upcycling import make_sparse
 from vmoe.utils.config import ConfigError
 from vmoe.utils.world import world
@@ -101,7 +101,7 @@ class Task:
 
     tokenizer: Callable[[list[str]], Tensor] | None = None
     distiller: Distiller | None = None  # with a teacher; the trainer sets it
-    guide: SuperclassGuide | None = None  # with super-classes
+    superclasses: SuperclassLoss | None = None  # with super-classes
     target: Tensor  # of the latest batch: labels (B,), or the classes' shares in mixed images (B, C)
 
     def __init__(self, config: Config) -> None:
@@ -219,7 +219,7 @@ class Classification(Task):
             raise ConfigError(f"task 'classification' needs a classifier, and {self.name} is an image-text model")
         model = self._build(pretrained, continued, kwargs)
         if self.config.train.superclasses.source is not None:
-            self.guide = SuperclassGuide(self.config.train.superclasses, model, self.class_names)
+            self.superclasses = SuperclassLoss(self.config.train.superclasses, model, self.class_names)
         return model
 
     def loss(self, model: nn.Module, batch: Batch, number: int) -> Tensor:

@@ -153,7 +153,7 @@ class Trainer:
             self.best.load(self.progress.get("best"))
             self.schedule.step_update(self.step)
             say(console, f"{self.run}: continuing after step {self.step}")
-        self._check_same_teaching()
+        self._check_same_teacher()
         if self.first:
             for line in start_lines(config, self.task, self.model, self.profile, device, self.precision):
                 say(console, line)
@@ -161,14 +161,19 @@ class Trainer:
             say(console, distiller.describe(self.task.val_data if checkpoint is None else None))
         self.batches = Prefetch(loader, config.train.accumulate_steps)
         self.skipped = 0  # consecutive steps that the fp16 gradient scaler skipped
-        self.images, self.seconds, self.taught = 0, 0.0, 0.0  # since the last logged step; the last is the teacher's
+        self.images, self.seconds, self.teacher_seconds = 0, 0.0, 0.0  # since the last logged step
 
-    def _check_same_teaching(self) -> None:
-        """ConfigError: what teaches the model is not what it was when the run began."""
-        train, distiller, guide = self.config.train, self.task.distiller, self.task.guide
+    def _check_same_teacher(self) -> None:
+        """ConfigError: the teacher or the super-classes are not those with which the run began."""
+        train, distiller, superclasses = self.config.train, self.task.distiller, self.task.superclasses
         for name, key, now, what in (
             ("teacher", f"distill.teacher {train.distill.teacher}", distiller and distiller.fingerprint, "weights"),
-            ("superclasses", f"superclasses.source {train.superclasses.source}", guide and guide.of_class, "groups"),
+            (
+                "superclasses",
+                f"superclasses.source {train.superclasses.source}",
+                superclasses and superclasses.of_class,
+                "groups",
+            ),
         ):
             if self.progress.setdefault(name, now) != now:
                 raise ConfigError(
@@ -202,7 +207,7 @@ class Trainer:
         shard = None
         if self.processes > 1:
             meshes = make_meshes(self.size, self.device)
-            process_group.set_timeout([meshes.whole, meshes.dense], self.config.parallel.timeout)
+            process_group.set_timeout([meshes.world, meshes.dense], self.config.parallel.timeout)
             shard = partial(parallelize, meshes=meshes, device=self.device)
         self.ema = None
         if self.config.train.ema_decay is not None:
@@ -279,10 +284,10 @@ class Trainer:
         """Makes an optimizer step; its metrics, and the routing of its last batch. Weights stay finite."""
         train, started = self.config.train, time.perf_counter()
         batches, losses = self.batches.take(), []
-        together = self._contrast_all(batches) if train.accumulate_features else None
+        large_batch = self._large_batch(batches) if train.accumulate_features else None
         for part, batch in enumerate(batches):  # each gives its share of the gradient
             set_gradient_sync(self.forward, part == len(batches) - 1)
-            total, parts, record = self._loss(batch, part, self.forward, together)
+            total, parts, record = self._loss(batch, part, self.forward, large_batch)
             with attention_kernel(self.precision, self.device):
                 self.scaler.scale(total / len(batches)).backward()
             losses.append(torch.stack([total.detach(), *parts.values()]))
@@ -303,29 +308,29 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.progress |= {"seconds": self.progress["seconds"] + seconds, "loss": parts["task_loss"]}
         if self.task.distiller is not None:
-            taught = self.task.distiller.take_seconds()
-            self.progress["teacher_seconds"] = self.progress.get("teacher_seconds", 0.0) + taught
-            self.taught += taught
+            own = self.task.distiller.take_seconds()
+            self.progress["teacher_seconds"] = self.progress.get("teacher_seconds", 0.0) + own
+            self.teacher_seconds += own
         self.images += self.processes * sum(len(batch["index"]) for batch in batches)
         self.seconds += seconds
         self.display.step_done(self.step, seconds)
         return {"loss": total, **parts, "lr": lr, "grad_norm": norm}, record
 
     def _loss(
-        self, batch: dict[str, Tensor], part: int, module: nn.Module, together: LargeBatch | None = None
+        self, batch: dict[str, Tensor], part: int, module: nn.Module, large_batch: LargeBatch | None = None
     ) -> tuple[Tensor, dict[str, Tensor], RoutingRecord]:
         """(loss with the auxiliary losses, the losses of task and teacher, routing record) of a batch of this step."""
         number = self._seed(part)
         with record_routing(self.model) as record, arithmetic(self.precision, self.device):
-            if together is None:
+            if large_batch is None:
                 loss = self.task.loss(module, batch, number)
             else:
-                loss = together.loss(part, self.task.outputs(module, batch))
+                loss = large_batch.loss(part, self.task.outputs(module, batch))
         parts = {"task_loss": loss.detach()} if self.task.distiller is None else self.task.distiller.parts
-        if (guide := self.task.guide) is not None:
-            guided = guide(record, self.task.target)
-            loss = loss + guide.weight * guided["superclass_loss"]
-            parts = parts | {name: value.detach() for name, value in guided.items()}
+        if (superclasses := self.task.superclasses) is not None:
+            own = superclasses(record, self.task.target)
+            loss = loss + superclasses.weight * own["superclass_loss"]
+            parts = parts | {name: value.detach() for name, value in own.items()}
         return loss + record.auxiliary_loss().to(self.device), parts, record
 
     def _seed(self, part: int) -> int:
@@ -334,7 +339,7 @@ class Trainer:
         seed_everything(self.config.seed, self.step, number)
         return number + self.step * self.config.train.accumulate_steps * self.processes
 
-    def _contrast_all(self, batches: list[dict[str, Tensor]]) -> LargeBatch:
+    def _large_batch(self, batches: list[dict[str, Tensor]]) -> LargeBatch:
         """Compares the features of all batches of the step. It leaves no trace: running statistics move once a step."""
         outputs, buffers = [], [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         for part, batch in enumerate(batches):
@@ -389,8 +394,8 @@ class Trainer:
         metrics["images_per_second"] = self.images / self.seconds
         metrics["data_wait_share"] = self.batches.waited / self.seconds
         if self.task.distiller is not None:
-            metrics["teacher_share"] = self.taught / self.seconds
-        self.images, self.seconds, self.taught, self.batches.waited = 0, 0.0, 0.0, 0.0
+            metrics["teacher_share"] = self.teacher_seconds / self.seconds
+        self.images, self.seconds, self.teacher_seconds, self.batches.waited = 0, 0.0, 0.0, 0.0
         self.data_watch.update(metrics, self.batches.loader.samples_per_second)
         if self.scaler.is_enabled():
             metrics["grad_scale"] = self.scaler.get_scale()

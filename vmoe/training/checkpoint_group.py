@@ -22,7 +22,7 @@ class CheckpointError(SharedError):
     """A checkpoint that cannot be written, read, or does not fit."""
 
 
-class Team:
+class CheckpointGroup:
     """The processes of the job, or the only one. All of them make it and call its methods together."""
 
     def __init__(self) -> None:
