@@ -6,6 +6,7 @@ Shapes, by suffix: B batch, T length, D width, G groups, N tokens in a group, E 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import wraps
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,20 @@ def _changeable_number(name: str) -> property:
         vars(layer)[name] = None if value is None else repr(float(value))
 
     return property(get, set)
+
+
+def _one_node(forward: Callable) -> Callable:
+    """A `forward` that the tracers of torch.fx, of torchvision and timm too, keep as one node."""
+
+    @wraps(forward)
+    def call(layer: nn.Module, x: Tensor | Proxy, *args, **kwargs) -> Tensor | Proxy:
+        if not isinstance(x, Proxy):
+            return forward(layer, x, *args, **kwargs)
+        if (path := x.tracer.path_of_module(layer)) == "":
+            raise RuntimeError("torch.fx cannot trace a sparse layer itself, only a model that holds it as one node")
+        return x.tracer.create_proxy("call_module", path, (x, *args), kwargs)
+
+    return call
 
 
 class SparseMoE(nn.Module):
@@ -104,6 +119,7 @@ class SparseMoE(nn.Module):
         """The settings of the layer as it is now, with what was changed on it since it was made."""
         return replace(self._built_with, **{name: getattr(self, name) for name in CHANGEABLE})
 
+    @_one_node
     def forward(self, x_BTD: Tensor, mask_BT: Tensor | None = None, modality_BT: Tensor | None = None) -> Tensor:
         """Each token through its experts.
 
@@ -114,12 +130,6 @@ class SparseMoE(nn.Module):
 
         Returns (..., O): zero, or what shared experts give, for a token that all chosen experts dropped.
         """
-        if isinstance(x_BTD, Proxy):  # torch.fx's tracers, of torchvision and timm too, keep the layer whole
-            if (path := x_BTD.tracer.path_of_module(self)) == "":
-                raise RuntimeError(
-                    "torch.fx cannot trace a sparse layer itself, only a model that holds it as one node"
-                )
-            return x_BTD.tracer.create_proxy("call_module", path, (x_BTD, mask_BT, modality_BT), {})
         x_GND, groups = self._group(x_BTD, mask_BT, modality_BT)
         assignment = self.router(x_GND, groups, self._capacity(), self.batch_priority)
         x_RD = assignment.dispatch(x_GND)
@@ -129,7 +139,8 @@ class SparseMoE(nn.Module):
         y_GND = assignment.combine(y_RD)
         if self.shared is not None:
             y_GND = y_GND + groups.real(self.shared(x_GND))
-        return groups.ungroup(self._report(y_GND, assignment, groups))
+        self._record(y_GND, assignment, groups)
+        return groups.ungroup(self._attach_losses(y_GND, assignment, groups))
 
     def _group(self, x_BTD: Tensor, mask_BT: Tensor | None, modality_BT: Tensor | None) -> tuple[Tensor, TokenGroups]:
         """Groups of `group_size`; without one all tokens are one group, or where tokens are chosen each sequence is."""
@@ -163,14 +174,20 @@ class SparseMoE(nn.Module):
         """In training, and the gate is not frozen."""
         return self.training and any(parameter.requires_grad for parameter in self.router.parameters())
 
-    def _report(self, y_GND: Tensor, assignment: Assignment, groups: TokenGroups) -> Tensor:
-        """Hands the routing to the active records. Returns the output, with the losses attached if that is set."""
-        trains, records = self.training and torch.is_grad_enabled(), active_records(self)
-        attached = self.auxiliary_loss == "attach" and trains
-        if attached:
-            losses = self.losses.compute(assignment.routing, groups)
-            y_GND = attach_loss(y_GND, losses["auxiliary_loss"])
-        elif trains and not records and self.losses.any_for(assignment.routing) and self._learns:
+    @property
+    def _attaches(self) -> bool:
+        return self.auxiliary_loss == "attach" and self.training and torch.is_grad_enabled()
+
+    def _attach_losses(self, y_GND: Tensor, assignment: Assignment, groups: TokenGroups) -> Tensor:
+        """The output, whose backward pass adds the gradients of the losses if that is set."""
+        if not self._attaches:
+            return y_GND
+        return attach_loss(y_GND, self.losses.compute(assignment.routing, groups)["auxiliary_loss"])
+
+    def _record(self, y_GND: Tensor, assignment: Assignment, groups: TokenGroups) -> None:
+        """Hands the routing to the active records, and warns if nobody sees the losses."""
+        records, lost = active_records(self), torch.is_grad_enabled() and not self._attaches
+        if not records and lost and self._learns and self.losses.any_for(assignment.routing):
             warn_of_lost_losses()
         for record in records:
             index_GNK, weights_GNK, kept_GNK = assignment.listed()
@@ -186,11 +203,10 @@ class SparseMoE(nn.Module):
                 groups=groups,
                 loss_function=self.losses,
                 learns=self._learns,
-                attached=attached,
+                attached=self._attaches,
                 backend=backend_name(self.experts, y_GND),
             )
             record.calls.append((record.names[self], routing))
-        return y_GND
 
 
 def _with_slots(config: RoutingSettings, num_tokens: int | None) -> RoutingSettings:
