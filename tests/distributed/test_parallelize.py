@@ -10,16 +10,17 @@ from vmoe.distributed.parallelize import clip_grad_norm, parallelize, split_grou
 from .test_mesh import tiny
 
 
-def test_plain_parameters_are_clipped_as_by_torch():
+@pytest.mark.parametrize("max_norm", [0.5, float("inf")])
+def test_plain_parameters_are_clipped_as_by_torch(max_norm):
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(2))]
     for parameter in parameters[:2]:  # the third has no gradient
         parameter.grad = torch.randn_like(parameter)
     expected = [parameter.grad.clone() for parameter in parameters[:2]]
     norm = torch.cat([grad.flatten() for grad in expected]).norm()
-    torch.testing.assert_close(clip_grad_norm(parameters, 0.5), norm)
+    torch.testing.assert_close(clip_grad_norm(parameters, max_norm), norm)
     for parameter, grad in zip(parameters, expected):
-        torch.testing.assert_close(parameter.grad, grad * 0.5 / norm)
+        torch.testing.assert_close(parameter.grad, grad * min(1, max_norm / norm))
 
 
 def test_a_group_of_the_optimizer_holds_one_kind_of_sharding(four_processes):

@@ -7,6 +7,7 @@ An expert that is in one of P processes gets the gradients of all P through the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from inspect import signature
@@ -154,10 +155,13 @@ def split_groups(optimizer: Optimizer) -> None:
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` that takes parameters on different meshes too."""
+    """`torch.nn.utils.clip_grad_norm_` of parameters on different meshes too. Infinity only measures the norm."""
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     if not any(isinstance(parameter, DTensor) for parameter in parameters):
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        if max_norm < math.inf:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
     world = dist.get_world_size()
     squares, locals_ = [], []
     for parameter in parameters:
@@ -172,5 +176,6 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     total = torch.stack(squares).sum()
     dist.all_reduce(total)
     norm = total.sqrt()
-    torch._foreach_mul_(locals_, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    if max_norm < math.inf:
+        torch._foreach_mul_(locals_, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

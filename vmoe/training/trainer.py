@@ -291,7 +291,8 @@ class Trainer:
             with attention_kernel(self.precision, self.device):
                 self.scaler.scale(total / len(batches)).backward()
             losses.append(torch.stack([total.detach(), *parts.values()]))
-        synchronize_scalars(self.model)
+        if not self.size.is_plain:
+            synchronize_scalars(self.model)
         self.scaler.unscale_(self.optimizer)
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         grad_norm = clip_grad_norm(trainable, train.clip_grad_norm or math.inf)
