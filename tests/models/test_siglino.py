@@ -15,6 +15,7 @@ from vmoe.evaluation.inference import evaluating
 from vmoe.export import export_model
 from vmoe.models.flops import count_parameters
 from vmoe.models.siglino import SIGLINO_CONFIGS, SigLinoTransform
+from vmoe.moe import SparseMoE
 
 TINY = {"img_size": 24, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "head_dim": 16}
 TINY |= {"num_experts": 4, "num_selected_experts": 2, "expert_width": 16, "teacher_dims": {"dinov3": 8, "siglip2": 16}}
@@ -243,3 +244,13 @@ def test_names():
             total, active = count_parameters(timm.create_model(name))
         assert float(f"{total / 1e6:.{1 if millions == 500 else 3}g}") == millions, name
         assert (active < total) == ("moe" in name)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"expert_mlp": "geglu", "moe_layers": (1,), "mlp_width": 24}, {"depth": 1}])
+def test_a_densified_model_is_saved_and_read(kwargs, tmp_path):
+    dense = vmoe.densify(make(**kwargs)).eval()
+    vmoe.save_pretrained(dense, tmp_path / "dense.safetensors")
+    again = vmoe.create_model(pretrained=str(tmp_path / "dense.safetensors")).eval()
+    assert not any(isinstance(module, SparseMoE) for module in again.modules())
+    images = torch.randn(2, 3, 24, 24)
+    assert torch.equal(dense(images), again(images))

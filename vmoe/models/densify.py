@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vmoe.models.calls import call, evaluation_mode
 from vmoe.models.dense_mlp import UpcycledFrom, UpcycleError, from_experts, mlp_layout, stacked_parameters
 from vmoe.models.naflex import pass_padding_on
+from vmoe.models.siglino import SigLino
 from vmoe.models.spec import known_spec, remember
 from vmoe.models.upcycle import upcycle_steps
 from vmoe.moe import SparseMoE, record_routing
@@ -63,13 +64,19 @@ def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = 
         mlp = copy.deepcopy(origin.skeleton)
         mlp.load_state_dict(tensors, assign=True)
         dense.set_submodule(name, mlp.train(layer.training))
-        width = layer.settings.expert_width
-        ratio = {} if width is None else {"mlp_ratio": width / layer.in_features}
-        spec = _with_settings(spec, _tower(model, name), {"num_experts": 0, **ratio}, SETTING_NAMES)
+        spec = _with_settings(spec, _tower(model, name), _dense_settings(model, layer), SETTING_NAMES)
     pass_padding_on(dense)
     for attribute in ("no_weight_decay", "group_matcher"):  # by which `upcycle` replaced the class's own
         vars(dense).pop(attribute, None)
     return remember(dense, spec and {"name": spec["name"], "kwargs": spec["kwargs"]})
+
+
+def _dense_settings(model: nn.Module, layer: SparseMoE) -> dict[str, Any]:
+    """What makes the dense model of the same class."""
+    width, kind = layer.settings.expert_width, layer.settings.expert_mlp
+    if isinstance(model, SigLino):  # its blocks of `moe_layers` have such MLPs without experts too
+        return {"num_experts": 0, "expert_width": width, "expert_mlp": kind}
+    return {"num_experts": 0, **({} if width is None else {"mlp_ratio": width / layer.in_features})}
 
 
 def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Module:

@@ -158,9 +158,8 @@ def _timm_spec(model: nn.Module) -> dict | None:
     tagged = f"{name}.{config.get('tag')}"
     # Newer versions of timm keep the arguments, ours do in any version.
     kwargs = with_slots(model, without_loading(getattr(model, "_model_args", {})))
-    if isinstance(model, (VisionMoE, NaFlexVisionMoE, SwinMoE)) and not any(
-        isinstance(module, SparseMoE) for module in model.modules()
-    ):
+    sparse = any(isinstance(module, SparseMoE) for module in model.modules())
+    if isinstance(model, (VisionMoE, NaFlexVisionMoE, SwinMoE, SigLino)) and not sparse:
         kwargs["num_experts"] = 0
     return _if_same({"name": tagged if tagged in timm.list_pretrained() else name, "kwargs": kwargs}, model)
 
