@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import vmoe
 from vmoe.moe import SparseMoE
-from vmoe.moe.router import top_k_experts
+from vmoe.moe.top_k import top_k_experts
 
 
 @dataclass

@@ -23,7 +23,8 @@ from benchmarks.measure import DTYPES
 from benchmarks.session import SIZES, Session, make_parser
 from vmoe.moe import SparseMoE
 from vmoe.moe.dispatch import DispatchPlan, combine, dispatch, expert_capacity, plan_dispatch
-from vmoe.moe.router import Routing, TopKRouter
+from vmoe.moe.router import Routing
+from vmoe.moe.top_k import TopKRouter
 
 
 @dataclass

@@ -14,7 +14,7 @@ from benchmarks.session import read_results
 from vmoe.moe.config import RoutingSettings
 from vmoe.moe.dispatch import combine, plan_dispatch
 from vmoe.moe.dispatch import dispatch as gather
-from vmoe.moe.router import TopKRouter
+from vmoe.moe.top_k import TopKRouter
 
 TINY = ["--rounds", "1", "--allocator", "system", "--device", "cpu"]
 SIZES = ["--tokens", "32", "--width", "16", "--hidden", "32"]

@@ -8,7 +8,7 @@ from vmoe.moe.grouped import GroupedLinear
 from vmoe.moe.layer import SparseMoE
 from vmoe.moe.quantize import quantize_experts
 from vmoe.moe.record import LayerRouting, RoutingRecord, record_routing, set_auxiliary_loss_scale
-from vmoe.moe.router import top_k_experts, update_expert_bias
+from vmoe.moe.top_k import top_k_experts, update_expert_bias
 
 __all__ = [
     "PRESETS",

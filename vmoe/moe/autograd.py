@@ -15,6 +15,11 @@ def on_eager_cpu(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_active()
 
 
+def is_recomputation() -> bool:
+    """Activation checkpointing runs the layer again inside the backward pass: this call is not a new one."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def transformable(function: type) -> type:
     """A decorator of an autograd function whose `tangent` is its jvp, a linear function of tangents (zeros_if_none).
 

@@ -20,8 +20,9 @@ from vmoe.moe.experts import Experts, Mlp
 from vmoe.moe.groups import TokenGroups
 from vmoe.moe.losses import AuxiliaryLosses
 from vmoe.moe.record import LayerRouting, active_records, attach_loss, warn_of_lost_losses
-from vmoe.moe.router import Assignment, TopKRouter
+from vmoe.moe.router import Assignment
 from vmoe.moe.soft import SoftRouter
+from vmoe.moe.top_k import TopKRouter
 
 ROUTERS = {"top_k": TopKRouter, "expert_choice": ExpertChoiceRouter, "soft": SoftRouter}
 # Settings that may be changed on a layer at any time; the others are built into its parts.

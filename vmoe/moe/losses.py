@@ -19,7 +19,8 @@ from torch import Tensor
 
 from vmoe.moe.config import RoutingSettings
 from vmoe.moe.groups import TokenGroups
-from vmoe.moe.router import Routing, top_k_experts
+from vmoe.moe.router import Routing
+from vmoe.moe.top_k import top_k_experts
 
 
 def importance_loss(gates_GNE: Tensor, mask_GN: Tensor | None = None, over_batch: bool = False) -> Tensor:

@@ -15,10 +15,10 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from vmoe.moe.autograd import apply, transformable
+from vmoe.moe.autograd import apply, is_recomputation, transformable
 from vmoe.moe.groups import TokenGroups
 from vmoe.moe.losses import AuxiliaryLosses, entropy_of
-from vmoe.moe.router import Routing, is_recomputation
+from vmoe.moe.router import Routing
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import flop_registry
 
 from vmoe.models.factory import is_contrastive, preprocess_config
 from vmoe.moe import record_routing
+from vmoe.moe.autograd import is_recomputation
 from vmoe.moe.experts import Experts
-from vmoe.moe.router import is_recomputation
 from vmoe.training.config import OptimConfig
 from vmoe.training.optim import create_optimizer, is_fused
 from vmoe.utils.config import ConfigError
