@@ -201,7 +201,7 @@ def show_evaluations(file: Path) -> None:
 
 def after(last: int, do: Callable[[], None]) -> None:
     """Lets this process do something in the step after step `last`."""
-    from vmoe.training.logger import CollapseWatch
+    from vmoe.training.watches import CollapseWatch
 
     look = CollapseWatch.update
 

@@ -22,9 +22,10 @@ from vmoe.models.manifest import list_checkpoints, step_of
 from vmoe.training import tasks
 from vmoe.training.checkpoint import CheckpointError
 from vmoe.training.diagnosis import NonFiniteError
-from vmoe.training.logger import CollapseWatch, read_metrics
+from vmoe.training.logger import read_metrics
 from vmoe.training.tasks import Classification
 from vmoe.training.trainer import Prefetch, Stopped, locked_folder, train
+from vmoe.training.watches import CollapseWatch
 from vmoe.utils.config import ConfigError
 
 NAFLEX = {"data.loader.naflex.seq_lens": "[2, 6]", "data.loader.naflex.tokens_per_batch": 36}

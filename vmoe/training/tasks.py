@@ -41,7 +41,7 @@ from vmoe.models.spec import IMAGE_TEXT_NAMES
 from vmoe.moe.quantize import experts_kept_as
 from vmoe.training.config import STEPS, Config
 from vmoe.training.distill import Distiller
-from vmoe.training.logger import say
+from vmoe.training.progress import say
 from vmoe.training.superclasses import SuperclassLoss
 from vmoe.training.upcycling import make_sparse
 from vmoe.utils.config import ConfigError

@@ -45,17 +45,9 @@ from vmoe.training.curves import draw_curves
 from vmoe.training.diagnosis import NonFiniteError, find_non_finite
 from vmoe.training.distill import Distiller
 from vmoe.training.large_batch import LargeBatch
-from vmoe.training.logger import (
-    CollapseWatch,
-    DataWatch,
-    MetricsLog,
-    ProgressBar,
-    expert_metrics,
-    final_table,
-    routing_metrics,
-    say,
-)
+from vmoe.training.logger import MetricsLog, expert_metrics, routing_metrics
 from vmoe.training.optim import carry_over_optimizer, choose_trained, create_ema, create_optimizer, create_schedule
+from vmoe.training.progress import ProgressBar, final_table, say
 from vmoe.training.run_dir import (
     check_same_settings,
     early_stopping,
@@ -67,6 +59,7 @@ from vmoe.training.signals import Stopped, StopRequest, interruptible
 from vmoe.training.start import start_lines
 from vmoe.training.tasks import create_task, with_steps
 from vmoe.training.wandb_logger import WandbLog, check_wandb
+from vmoe.training.watches import CollapseWatch, DataWatch
 from vmoe.utils.config import ConfigError
 from vmoe.utils.files import atomic_file
 from vmoe.utils.meta import meta_device
