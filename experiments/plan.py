@@ -19,7 +19,7 @@ from vmoe.cli.inspect_routing import InspectConfig
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.training.config import CHANGEABLE, STEPS, Config, flat_settings, flatten, with_one_length
 from vmoe.utils.config import ConfigError, find_config, read_config
-from vmoe.utils.files import parse_yaml
+from vmoe.utils.safe_yaml import parse_yaml
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "runs" / "experiments"

@@ -22,8 +22,8 @@ from yaml import YAMLError
 
 from vmoe.utils.config_help import format_help
 from vmoe.utils.config_types import fields_of, inside, members_of, section_of, type_name
-from vmoe.utils.files import UnsafeYaml, parse_yaml, read_yaml
 from vmoe.utils.printable import printable
+from vmoe.utils.safe_yaml import UnsafeYaml, parse_yaml, read_yaml
 
 ConfigT = TypeVar("ConfigT")
 HELP = frozenset(("--help", "-h"))
