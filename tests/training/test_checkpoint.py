@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import vmoe
-from vmoe.models import manifest, serialization
+from vmoe.models import manifest, safetensors_writer
 from vmoe.models.manifest import find_problems, list_checkpoints, step_of
 from vmoe.models.serialization import WeightsError, find_weights
 from vmoe.training import checkpoint as module
@@ -287,7 +287,7 @@ def test_a_stop_at_any_moment_of_writing_leaves_the_checkpoint_before(tmp_path, 
         (manifest, "write_manifest"),
         (module, "_write_text"),
         (module, "_sync"),
-        (serialization, "save_file"),
+        (safetensors_writer, "save_file"),
         (os, "replace"),
     ]:
         real, calls = getattr(target, name), 0
@@ -348,7 +348,7 @@ def test_an_error_of_the_disk_is_one_sentence_and_leaves_nothing(tmp_path, model
     if function == "save_file":  # as safetensors tells it
         full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     monkeypatch.setattr(
-        {"save_file": serialization, "write_manifest": manifest}.get(function, os), function, _raiser(full)
+        {"save_file": safetensors_writer, "write_manifest": manifest}.get(function, os), function, _raiser(full)
     )
     with pytest.raises(CheckpointError, match=r"step_000002: the disk is full; free some space"):
         save(tmp_path, 2, model, optimizer)

@@ -20,7 +20,8 @@ from vmoe.convert.siglino import is_siglino, plan_siglino
 from vmoe.convert.swin_moe import find_swin_moe, plan_swin_moe
 from vmoe.convert.torch_file import is_torch_file, open_torch
 from vmoe.models.factory import file_metadata
-from vmoe.models.serialization import mapped_safetensors, read_pretrained_metadata
+from vmoe.models.safetensors_writer import mapped_safetensors
+from vmoe.models.serialization import read_pretrained_metadata
 from vmoe.utils.files import read_json
 from vmoe.utils.paths import check_output
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vmoe.export.formats import check_export
 from vmoe.models.manifest import TRAINER, is_checkpoint
+from vmoe.models.safetensors_writer import mapped_safetensors
 from vmoe.models.serialization import (
     METADATA_KEY,
     SETTINGS_NAME,
@@ -16,7 +17,6 @@ from vmoe.models.serialization import (
     cannot_write,
     checkpoint_weights,
     find_weights,
-    mapped_safetensors,
     read_pretrained_metadata,
     safetensors_metadata,
 )

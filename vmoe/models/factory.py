@@ -16,6 +16,7 @@ from vmoe.models.hub_layout import cannot_download
 from vmoe.models.limoe import LIMOE_CONFIGS
 from vmoe.models.open_clip_models import is_open_clip, load_tag, tag_problem, tag_settings
 from vmoe.models.preprocess import in_chans, preprocess_config, set_preprocess
+from vmoe.models.safetensors_writer import write_tensors
 from vmoe.models.serialization import (
     METADATA_KEY,
     StoredTensors,
@@ -23,7 +24,6 @@ from vmoe.models.serialization import (
     find_weights,
     load_weights,
     read_pretrained_metadata,
-    write_tensors,
 )
 from vmoe.models.spec import IMAGE_TEXT_NAMES, build_dense, difference, model_spec, named_tensors, on_meta
 from vmoe.models.text import CONTEXT_LENGTH, clean_beginning

@@ -1,19 +1,13 @@
-"""Weights in files: found, read, loaded into models, and written.
+"""Weights in files: found, read, and loaded into models.
 
 They are one safetensors file, or the folder of such files to which each process of a sharded run wrote its part. The
 metadata says how to build the model (`vmoe.models.spec`).
 """
 
-import errno
-import json
 import logging
 import math
-import mmap
-import os
-import re
-import struct
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import add
 from pathlib import Path
@@ -21,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageReader
@@ -31,7 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from vmoe.models.hub_layout import OPEN_CLIP, folder_settings, hub_folder
 from vmoe.models.manifest import MANIFEST, find_problems, list_checkpoints, newest_complete
 from vmoe.models.validation import check_metadata
-from vmoe.utils.files import HUB_SOURCES, atomic_file, parse_json, read_json
+from vmoe.utils.files import HUB_SOURCES, parse_json, read_json
 from vmoe.utils.printable import printable
 
 logger = logging.getLogger("vmoe.models")
@@ -319,60 +312,3 @@ def _resized_positions(
         if old_size is None or math.prod(old_size) == stored.shapes[name][1] - prefix:
             resized[name] = resample_abs_pos_embed(stored.read(name), list(grid), old_size, num_prefix_tokens=prefix)
     return resized
-
-
-def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -> None:
-    """Writes contiguous CPU tensors atomically and to the disk itself; an OSError if the file cannot be written, a
-    RuntimeError for tensors that share their memory."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file) as draft:
-        try:
-            save_file(tensors, draft, metadata=metadata)
-        except SafetensorError as error:  # only the disk can fail here; the message has the system's number
-            code = re.search(r"os error (\d+)", str(error))
-            number = int(code[1]) if code else errno.EIO
-            raise OSError(number, os.strerror(number), str(file)) from error
-        with open(draft, "rb") as written:
-            os.fsync(written.fileno())
-
-
-# Names of types in a safetensors file: https://huggingface.co/docs/safetensors, "Format".
-DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-DTYPE_NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
-DTYPE_NAMES |= {torch.uint8: "U8", torch.bool: "BOOL"}
-
-
-@contextmanager
-def mapped_safetensors(
-    file: Path, shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype], metadata: dict[str, str]
-) -> Iterator[tuple[dict[str, Tensor], Callable[[], None]]]:
-    """(the tensors of a new file, a function that takes filled ones out of memory). The file takes its name when the
-    block ends without an error; a full disk is an OSError before anything is written."""
-    header, end = {"__metadata__": metadata}, 0
-    for name in sorted(shapes, key=lambda name: (-dtypes[name].itemsize, name)):  # so that each is aligned
-        start, end = end, end + math.prod(shapes[name]) * dtypes[name].itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    first = 8 + len(text)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file) as draft, open(draft, "w+b") as opened:
-        opened.truncate(first + end)
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash while the map is written
-            os.posix_fallocate(opened.fileno(), 0, first + end)
-        mapped = mmap.mmap(opened.fileno(), first + end)
-        mapped[:first] = struct.pack("<Q", len(text)) + text
-        data = torch.frombuffer(mapped, dtype=torch.uint8)[first:]
-        tensors = {
-            name: data[slice(*header[name]["data_offsets"])].view(dtypes[name]).view(tuple(shape))
-            for name, shape in shapes.items()
-        }
-
-        def release() -> None:
-            mapped.flush()
-            if hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
-
-        yield tensors, release
-        mapped.flush()
-        os.fsync(opened.fileno())

@@ -25,7 +25,8 @@ from torch.optim import Optimizer
 from vmoe.models import manifest
 from vmoe.models.factory import file_metadata
 from vmoe.models.manifest import TRAINER, UNFINISHED, find_problems, list_checkpoints, newest_complete, step_of
-from vmoe.models.serialization import SETTINGS_NAME, StoredTensors, checkpoint_weights, load_weights, write_tensors
+from vmoe.models.safetensors_writer import write_tensors
+from vmoe.models.serialization import SETTINGS_NAME, StoredTensors, checkpoint_weights, load_weights
 from vmoe.moe.experts import has_adapters
 from vmoe.training.checkpoint_group import CheckpointError, CheckpointGroup
 from vmoe.training.distill import PROJECTION, without_projection

@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vmoe.models.serialization import DTYPE_NAMES, StoredTensors, mapped_safetensors
+from vmoe.models.safetensors_writer import DTYPE_NAMES, mapped_safetensors
+from vmoe.models.serialization import StoredTensors
 
 
 def test_every_type_of_number_and_shape_is_read_by_safetensors(tmp_path):
