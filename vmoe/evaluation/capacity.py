@@ -80,7 +80,7 @@ def sparse_image_layers(model: nn.Module, score: Score, images: Tensor, source: 
     modules = dict(model.named_modules())
     layers = {name: modules[name] for name in record.layers}
     routers = {layer.router_type for layer in layers.values()}
-    if len(routers) != 1 or any(layer.router.soft for layer in layers.values()):  # soft routing drops nothing
+    if len(routers) != 1 or any(layer.soft for layer in layers.values()):  # soft routing drops nothing
         found = f"router {' and '.join(sorted(routers))}" if routers else "none (a dense model)"
         needed = "task 'capacity' needs experts that images go through, with router='top_k' or 'expert_choice'"
         raise ConfigError(f"{needed}, and {source} has {found}")
@@ -89,7 +89,7 @@ def sparse_image_layers(model: nn.Module, score: Score, images: Tensor, source: 
 
 def sweep_settings(config: CapacityConfig, layers: Mapping[str, SparseMoE]) -> list[Setting]:
     """The settings of a sweep; ConfigError: no limit for expert choice."""
-    if next(iter(layers.values())).router.per_token:
+    if next(iter(layers.values())).per_token:
         curves = {factor: ("both",) if factor is None else ("bpr", "vanilla") for factor in config.factors}
         return [Setting(curve, factor) for factor, own in curves.items() for curve in own]
     if None in config.factors:

@@ -198,8 +198,8 @@ def _check_independence(loaded: LoadedModel, score: Score) -> None:
         score(torch.zeros(1, *preprocess_config(loaded.model)["input_size"], device=loaded.device))
     for name, call in record.layers.items():
         layer, tokens = loaded.model.get_submodule(name), call.batch_shape[1] * call.groups.ensemble_size
-        limited = not layer.router.per_token or layer.capacity or layer.eval_capacity_factor
-        shared = tokens % layer.group_size if layer.group_size else layer.router.per_token
+        limited = not layer.per_token or layer.capacity or layer.eval_capacity_factor
+        shared = tokens % layer.group_size if layer.group_size else layer.per_token
         if limited and shared:
             remedy = "create_model(pretrained=..., eval_capacity_factor=None, capacity=None, group_size=None)"
             raise ConfigError(

@@ -69,7 +69,7 @@ class LayerSums:
     def __init__(
         self, name: str, layer: SparseMoE, num_classes: int | None, num_patches: int, decode: Decoder | None
     ) -> None:
-        E, self.per_token, self.soft = layer.num_experts, layer.router.per_token, layer.router.soft
+        E, self.per_token, self.soft = layer.num_experts, layer.per_token, layer.soft
         self.statistics = LayerStatistics(
             name=name,
             num_experts=E,

@@ -69,10 +69,7 @@ def list_layers(loaded: LoadedModel) -> list[Layer]:
     """The sparse layers of a model, in its order; none of a dense one."""
     found = sparse_layers(loaded, required=False)
     named = zip(found.items(), style.layer_titles(list(found)), strict=True)
-    return [
-        Layer(name, title, layer.num_experts, layer.router.per_token, layer.router.soft)
-        for (name, layer), title in named
-    ]
+    return [Layer(name, title, layer.num_experts, layer.per_token, layer.soft) for (name, layer), title in named]
 
 
 def explain(

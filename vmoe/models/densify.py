@@ -163,7 +163,7 @@ def _plain_origin(layer: SparseMoE) -> UpcycledFrom:
 def _number_to_keep(layer: SparseMoE, keep: int | float, G: int, name: str) -> int:
     E = layer.num_experts
     number = round(keep * E / G) * G if 0 < keep < 1 else keep
-    least = layer.num_selected_experts if layer.router.per_token else 1
+    least = layer.num_selected_experts if layer.per_token else 1
     one_or_all = keep == 1 and isinstance(keep, float)
     if one_or_all or number % G or not least <= number <= E:
         raise ValueError(f"keep={keep} does not suit {name}: it needs {least}..{E} in steps of {G}, or a share below 1")

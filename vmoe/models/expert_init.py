@@ -109,7 +109,7 @@ class Clusters:
     @torch.no_grad()
     def specialise(self, layer: SparseMoE, name: str, granularity: int) -> None:
         """Gives a layer of copies the router and the experts of its clusters."""
-        if not layer.router.per_token or layer.settings.gate == "cosine":
+        if not layer.per_token or layer.settings.gate == "cosine":
             raise ValueError("calibration needs router='top_k' and a linear gate: its rows are the clusters' centroids")
         x_ND = self.inputs[name].float()
         seen_ND = torch.stack([x.mean(0) for x in x_ND.split(self.sizes[name])]) if layer.settings.per_image else x_ND

@@ -23,9 +23,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     for layer in model.modules():
         if isinstance(layer, SparseMoE):
             used = E = layer.num_experts
-            if layer.router.per_token:
+            if layer.per_token:
                 used = layer.ensemble_size * layer.num_selected_experts
-            elif not layer.router.soft and layer.capacity is None:
+            elif not layer.soft and layer.capacity is None:
                 used = min(E, layer.eval_capacity_factor or layer.capacity_factor)
             active -= round(_numbers(layer.experts) * (1 - used / E))
     return total, active

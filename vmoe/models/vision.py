@@ -88,7 +88,7 @@ def without_decay(model: nn.Module) -> set[str]:
     for name, layer in model.named_modules():
         if isinstance(layer, SparseMoE):
             own = {f"experts.{key}" for key, parameter in layer.experts.named_parameters() if parameter.ndim <= 2}
-            own |= {"router.slots"} if layer.router.soft else set()
+            own |= {"router.slots"} if layer.soft else set()
             own |= {"router.weight", "router.projection"} if layer.settings.gate == "cosine" else set()
             names |= {f"{name}.{key}".lstrip(".") for key in own}
     return names

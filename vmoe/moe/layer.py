@@ -106,6 +106,8 @@ class SparseMoE(nn.Module):
         self.modalities = tuple(modalities)
         self.losses = AuxiliaryLosses.from_settings(config, self.modalities)
         self.router = ROUTERS[config.router](in_features, config, **factory)
+        # Of the layer, since adapters wrap the router.
+        self.per_token, self.soft = self.router.per_token, self.router.soft
         hidden_features = config.expert_width or hidden_features or in_features
         drop = drop if config.expert_drop is None else config.expert_drop
         mlp = {"out_features": out_features, "act_layer": act_layer, "bias": bias, "drop": drop, **factory}
@@ -152,7 +154,7 @@ class SparseMoE(nn.Module):
         if x_BTD.shape[-1] != self.in_features:
             raise ValueError(f"the tokens have {x_BTD.shape[-1]} channels, and the layer takes {self.in_features}")
         leading = x_BTD.shape[:-1]
-        by_sequence = not self.router.per_token and len(leading) > 1
+        by_sequence = not self.per_token and len(leading) > 1
         size = math.prod(leading[1:]) if by_sequence else None
         if self.group_size:
             if self.group_size % self.ensemble_size:
@@ -166,7 +168,7 @@ class SparseMoE(nn.Module):
 
     def _capacity(self) -> Capacity:
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        if factor is None and not self.router.per_token:  # experts that choose always have a limit
+        if factor is None and not self.per_token:  # experts that choose always have a limit
             factor = self.capacity_factor
         return Capacity(self.capacity, factor, self.capacity_rounding, self.capacity_multiple_of)
 

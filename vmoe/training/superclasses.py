@@ -100,7 +100,7 @@ class SuperclassLoss:
         self.weight, self.classes = settings.weight, classes
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseMoE)}
         sizes = {layer.num_experts // layer.ensemble_size for layer in layers.values()}
-        if len(sizes) != 1 or not all(layer.router.per_token for layer in layers.values()):
+        if len(sizes) != 1 or not all(layer.per_token for layer in layers.values()):
             raise ConfigError(f"{SOURCE} needs sparse layers with router='top_k' and one number of experts")
         self.of_class = read_superclasses(settings.source, classes, sizes.pop())
 
