@@ -25,6 +25,14 @@ def test_experts_count_each_routed_row_once():
         assert round((sparse - dense) * 1e9) == gates + 3 * (k - 1) * 2 * 2 * T * D * H
 
 
+def test_pooling_by_attention_counts_its_products():
+    pooled, plain = (
+        model_profile(tiny(num_experts=0, global_pool=pool))["gflops_per_image"] for pool in ("map", "avg")
+    )
+    latent = 2 * 2 * D * D + 2 * 2 * D * H  # one query, its output and MLP
+    assert round((pooled - plain) * 1e9) == latent + 2 * 36 * D * 2 * D + 2 * 2 * 36 * D
+
+
 def test_grouped_matrix_multiplication_counts_each_row_once():
     counted = forward_flops(
         lambda: torch.nn.functional.grouped_mm(
