@@ -1,3 +1,4 @@
+import open_clip
 import timm
 import torch
 
@@ -31,6 +32,16 @@ def test_pooling_by_attention_counts_its_products():
     )
     latent = 2 * 2 * D * D + 2 * 2 * D * H  # one query, its output and MLP
     assert round((pooled - plain) * 1e9) == latent + 2 * 36 * D * 2 * D + 2 * 2 * 36 * D
+
+
+def test_attention_of_open_clips_models_counts_its_products():
+    vision = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32}
+    model = open_clip.CLIP(32, vision, {"context_length": 16, "vocab_size": 99, "width": 48, "heads": 4, "layers": 2})
+    by_hand = (
+        2 * 16 * 3 * 8 * 8 * 64 + 2 * (2 * 17 * 64 * 4 * 64 + 4 * 17 * 17 * 64 + 2 * 2 * 17 * 64 * 256) + 2 * 64 * 32
+    )
+    with torch.no_grad():
+        assert forward_flops(lambda: model.eval().encode_image(torch.zeros(1, 3, 32, 32))) == by_hand
 
 
 def test_grouped_matrix_multiplication_counts_each_row_once():

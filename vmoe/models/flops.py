@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -43,6 +44,10 @@ _ATEN = torch.ops.aten
 flop_registry.setdefault(_ATEN._grouped_mm, shape_wrapper(lambda a, b, *_, **__: 2 * a[-2] * a[-1] * b[-1]))
 for _name in ("_scaled_dot_product_flash_attention{}", "_scaled_dot_product_flash_attention{}_backward"):
     flop_registry.setdefault(getattr(_ATEN, _name.format("_for_cpu")), flop_registry[getattr(_ATEN, _name.format(""))])
+flop_registry.setdefault(  # what nn.MultiheadAttention, open_clip's, is in evaluation
+    _ATEN._native_multi_head_attention,
+    shape_wrapper(lambda q_BTD, *_, **__: 4 * math.prod(q_BTD) * (2 * q_BTD[2] + q_BTD[1])),
+)
 
 
 def forward_flops(call: Callable[[], object]) -> int:
