@@ -52,11 +52,11 @@ _TINY_CFG = {**_CFG, "input_size": (3, 48, 48), "crop_pct": 1.0, "interpolation"
 default_cfgs = generate_default_cfgs({name: _TINY_CFG if "tiny" in name else _CFG for name in MODELS})
 
 
-def _filter(state_dict: dict[str, Tensor], model: VisionMoE) -> dict[str, Tensor]:
+def _filter(state_dict: dict[str, Tensor], model: VisionTransformer) -> dict[str, Tensor]:
     """timm's filter, which resizes positions and patches, without its removal of representation layers."""
     kept = {name: tensor for name, tensor in state_dict.items() if name.startswith("pre_logits.")}
     filtered = checkpoint_filter_fn(state_dict, model)
-    return {**filtered, **kept} if isinstance(model.pre_logits, nn.Linear) else filtered
+    return {**filtered, **kept} if isinstance(getattr(model, "pre_logits", None), nn.Linear) else filtered
 
 
 def upcycled_moe(pretrained: bool = False, spec: dict | None = None, **kwargs) -> nn.Module:
@@ -75,7 +75,7 @@ def upcycled_moe(pretrained: bool = False, spec: dict | None = None, **kwargs) -
     config = resolve_pretrained_cfg("upcycled_moe", about["pretrained_cfg"], overlay).to_dict()
     model.pretrained_cfg = model.default_cfg = config
     if pretrained:
-        filter_fn = checkpoint_filter_fn if isinstance(model, VisionTransformer) else None
+        filter_fn = _filter if isinstance(model, VisionTransformer) else None
         sizes = {"num_classes": model.num_classes, "in_chans": model.in_chans}
         load_pretrained(model, config, filter_fn=filter_fn, cache_dir=about["cache_dir"], **sizes)
     return model
