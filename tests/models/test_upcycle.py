@@ -147,6 +147,18 @@ def test_image_text_models_compute_the_same_in_either_tower(name, tower):
     torch.testing.assert_close(again.state_dict(), dense.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["int8", "bfloat16"])
+@pytest.mark.parametrize("router", ["top_k", "soft"])
+@torch.no_grad()
+def test_open_clips_models_embed_texts_with_quantized_experts_in_all_blocks(kind, router):
+    sparse = vmoe.upcycle(trained(IMAGE_TEXT["CLIP"]()), 4, "every1", router=router)
+    small = vmoe.quantize_experts(copy.deepcopy(sparse), kind)
+    expected = sparse.encode_text(texts())
+    atol = 0.02 * expected.abs().max().item()
+    torch.testing.assert_close(small.encode_text(texts()), expected, atol=atol, rtol=0)
+    assert small.bfloat16().encode_text(texts()).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("name", "granularity", "num_experts", "num_selected_experts"),
     [

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -250,9 +251,9 @@ class OpenClipMoE(SparseMoE):
     """A sparse layer where open_clip expects its own MLP, in whose `c_fc` it looks for the type of the weights."""
 
     @property
-    def c_fc(self) -> nn.Module:
-        """The experts' first layer."""
-        return self.experts.fc1
+    def c_fc(self) -> SimpleNamespace:
+        """Has a `weight` of the model's type; that of the experts may be kept in another, or not at all."""
+        return SimpleNamespace(weight=next(self.router.parameters()))
 
 
 def _layout(model: nn.Module, name: str) -> MlpLayout:
