@@ -41,6 +41,13 @@ def vit(**kwargs):
     return timm.create_model("vit_tiny_patch16_224", **{**SMALL, **kwargs})
 
 
+def siglino_resized():
+    sizes = {**SMALL, "num_experts": 4, "num_selected_experts": 2, "expert_width": 16, "head_dim": 16}
+    model = vmoe.create_model("siglino_moe_0_3b", **sizes, teacher_dims={"dinov3": 8, "siglip2": 16})
+    model.set_input_size(32)
+    return model
+
+
 def with_other_images(model):
     """open_clip's way to give a model another preprocessing."""
     model.visual.preprocess_cfg = {**MEAN, "resize_mode": "squash"}
@@ -52,6 +59,7 @@ IMAGE = {
     "vmoe of timm": lambda: timm.create_model("vmoe_tiny_patch8_48", **SMALL, router="soft"),
     "dense": vit,
     "upcycled": lambda: vmoe.upcycle(vit(pretrained_cfg_overlay=MEAN), num_experts=4, layers=[1]),
+    "siglino, resized": siglino_resized,
     "quantized": lambda: vmoe.quantize_experts(vmoe_tiny(), "int8"),
     "quantized, with a representation": lambda: vmoe.quantize_experts(vmoe_tiny(representation_size=8), "int8"),
 }

@@ -22,6 +22,7 @@ from timm.layers import AttentionPoolLatent, DropPath, GluMlp, to_2tuple
 from timm.layers.activations import GELUTanh
 from timm.models import checkpoint, generate_default_cfgs
 from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
 from vmoe.models.siglino_attention import SinkAttention, golden_frequencies, patch_positions, rotation
@@ -385,6 +386,7 @@ class SigLino(BlocksMixin, nn.Module):
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Changes the usual size of images."""
         self.patch_embed.set_input_size(img_size)
+        update_model_input_size(self, self.patch_embed.img_size)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
