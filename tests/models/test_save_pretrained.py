@@ -39,6 +39,18 @@ def changed():
     return model
 
 
+def resized(model, size):
+    model.set_input_size(size)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, size, size)}
+    return model
+
+
+def upcycled_eva():
+    model = vmoe.upcycle(timm.create_model("eva02_tiny_patch14_224", **{**SMALL, "img_size": 28}), 4, [1])
+    model.reset_classifier(3, "token")  # keeps the norm that timm puts behind the mean
+    return model
+
+
 def pruned(model):
     return vmoe.prune_experts(model, 2, vmoe.measure_usage(model, [torch.randn(2, 3, 16, 16)]))
 
@@ -48,6 +60,14 @@ MADE = {
     "timm, soft": lambda: vmoe_of_timm(router="soft"),
     "timm, preset": lambda: vmoe_of_timm(router_preset="switch", num_experts=4),
     "timm, changed": changed,
+    "Swin-MoE, resized": lambda: resized(vmoe.create_model("swin_moe_tiny_patch4_window4_32"), 64),
+    "Swin, upcycled, resized": lambda: resized(
+        vmoe.upcycle(
+            timm.create_model("swin_tiny_patch4_window7_224", img_size=56, embed_dim=32, depths=(1, 1, 2, 1)), 4, [1]
+        ),
+        112,
+    ),
+    "EVA, upcycled, changed": upcycled_eva,
     "upcycled": upcycled,
     "upcycled, other mean": lambda: vmoe.upcycle(
         vit_of_timm(pretrained_cfg_overlay={"mean": (0.1, 0.2, 0.3), "crop_pct": 0.5}), num_experts=2, layers=[1]

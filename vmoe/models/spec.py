@@ -199,7 +199,8 @@ def live_settings(model: nn.Module) -> dict:
         size = getattr(getattr(model, "patch_embed", None), key, None)
         if isinstance(size, (int, tuple, list)):
             settings[key] = size if isinstance(size, int) else list(size)
-    return settings
+    noted = getattr(model, "_model_args", {})  # by timm, of Swin, EVA and BEiT
+    return settings | {key: noted[key] for key in ("window_size", "always_partition", "use_fc_norm") if key in noted}
 
 
 def _changed(before: dict, now: dict) -> dict:
@@ -226,6 +227,7 @@ def difference(model: nn.Module, again: nn.Module) -> str | None:
 # Attributes that do not decide what a model computes, or that a classifier's shape says.
 _NO_DIFFERENCE = {"training", "grad_checkpointing", "fused_attn", "num_classes", "calls_without_update", "backend"}
 _NO_DIFFERENCE |= {"auxiliary_loss", "output_dict"}  # the form in which they give it
+_NO_DIFFERENCE |= {"target_shift_size"}  # of a Swin's first windows, also after set_input_size
 
 
 def _facts(model: nn.Module) -> dict[str, dict]:
