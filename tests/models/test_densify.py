@@ -8,6 +8,7 @@ import torch
 import vmoe
 from vmoe.models.dense_mlp import UpcycleError
 from vmoe.models.factory import create_model, save_pretrained
+from vmoe.models.preprocess import preprocess_config
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -309,3 +310,40 @@ def test_a_dense_baseline_forgets_how_its_experts_were_routed(settings, tmp_path
     again = vmoe.upcycle(dense, 2, [1])
     assert again.blocks[1].mlp.router_type == "top_k"
     comes_back(again, tmp_path / "sparse.safetensors", images())
+
+
+SWIN = {"name": "swin_moe_tiny_patch4_window4_32", "num_classes": 3}
+SIGLINO = {"name": "siglino_moe_0_3b", "img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+SIGLINO |= {"head_dim": 16, "num_experts": 4, "num_selected_experts": 2, "expert_width": 16}
+SIGLINO |= {"teacher_dims": {"dinov3": 8, "siglip2": 16}}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"proj_drop_rate": 0.1},
+        {"proj_drop_rate": 0.1, "expert_drop": 0.2},
+        {"name": "vmoe_naflex_tiny_patch8", "depth": 2, "proj_drop_rate": 0.1, "num_experts": 2},
+        SWIN,
+        {**SWIN, "mlp_fc2_bias": False, "proj_drop_rate": 0.2},
+        {**SIGLINO, "expert_drop": 0.2},
+    ],
+)
+@torch.no_grad()
+def test_a_dense_baseline_has_the_dropout_and_biases_of_its_settings(settings, tmp_path):
+    sparse = create_model(**{"name": "vmoe_tiny_patch8_48", **(TINY if "name" not in settings else {}), **settings})
+    dense = vmoe.densify(sparse.eval())
+    comes_back(dense, tmp_path / "m.safetensors", torch.randn(2, *preprocess_config(dense)["input_size"]))
+
+
+@torch.no_grad()
+def test_biases_that_were_trained_are_kept():
+    sparse = create_model(**SWIN, mlp_fc2_bias=False)
+    sparse.layers[1].blocks[1].mlp.experts.fc2.bias.fill_(0.5)
+    assert (vmoe.densify(sparse).layers[1].blocks[1].mlp.fc2.bias == 0.5).all()
+
+
+def test_an_image_tower_of_another_class_is_dense_by_its_own_settings(tmp_path):
+    image, text = {**SIGLINO, "num_classes": 32}, {**TEXT_SETTINGS, "num_classes": 32}
+    model = create_model("two_tower_tiny_patch8_48", image=image, text=text, embed_dim=32).eval()
+    comes_back(vmoe.densify(model), tmp_path / "m.safetensors", *pairs())

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from numbers import Integral
 from typing import Any
@@ -14,11 +15,11 @@ from vmoe.models.calls import call, evaluation_mode
 from vmoe.models.dense_mlp import UpcycledFrom, UpcycleError, from_experts, mlp_layout, stacked_parameters
 from vmoe.models.naflex import pass_padding_on
 from vmoe.models.siglino import SigLino
-from vmoe.models.spec import known_spec, remember
+from vmoe.models.spec import build_dense, known_spec, on_meta, remember
 from vmoe.models.upcycle import upcycle_steps
 from vmoe.moe import SparseMoE, record_routing
 from vmoe.moe.config import SETTING_NAMES, RoutingSettings
-from vmoe.moe.experts import refuse_adapters
+from vmoe.moe.experts import Experts, refuse_adapters
 from vmoe.moe.router import Gate
 
 Usage = Mapping[str, Tensor | Sequence[float]]  # or numpy's arrays
@@ -44,17 +45,22 @@ def measure_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]
 def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = None) -> nn.Module:
     """A dense copy of a sparse model: one MLP instead of each layer's experts. Undoes `upcycle` exactly.
 
-    A layer becomes what it was before `upcycle`, else timm's `Mlp` or `GluMlp`. Combine weights that do not sum to one
+    A layer becomes what it was before `upcycle`, else the MLP of the model's settings without experts, or if that has
+    no place for the weights timm's `Mlp` or `GluMlp`. Combine weights that do not sum to one
     (V-MoE's own) scale what a sparse layer adds; a dense MLP has no such scale, so the model needs some training.
 
     `how` is "average" of the experts, "weighted" by `usage` (see `measure_usage`), or the index of the one to keep. An
     UpcycleError or ValueError for layers with shared experts, usage that does not fit, or an unknown `how`.
     """
-    dense, spec = copy.deepcopy(model), known_spec(model)
-    for name, layer in _layers(model).items():
+    layers, spec = _layers(model), known_spec(model)
+    for name, layer in layers.items():
         if layer.shared is not None:
             raise UpcycleError(f"{name} has a shared expert, which one MLP of the others' width cannot hold")
-        origin = getattr(layer, "upcycled_from", None) or _plain_origin(layer)
+        spec = _with_settings(spec, _tower(model, name), _dense_settings(model, name, layer), SETTING_NAMES)
+    spec = spec and {"name": spec["name"], "kwargs": spec["kwargs"]}
+    dense, baseline = copy.deepcopy(model), _baseline(spec)
+    for name, layer in layers.items():
+        origin = getattr(layer, "upcycled_from", None) or _plain_origin(layer, baseline.get(name))
         G = origin.granularity
         weight_E = _expert_weights(how, usage, name, layer.num_experts, layer.num_experts // G)
         means = {key: _mean(each, weight_E, G) for key, each in stacked_parameters(layer.experts).items()}
@@ -62,19 +68,26 @@ def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = 
         for key, value in layer.experts.act.state_dict().items():
             tensors[f"{origin.layout.act}.{key}"] = value.clone()
         mlp = copy.deepcopy(origin.skeleton)
-        mlp.load_state_dict(tensors, assign=True)
+        mlp.load_state_dict({key: tensors[key] for key in mlp.state_dict()}, assign=True)
         dense.set_submodule(name, mlp.train(layer.training))
-        spec = _with_settings(spec, _tower(model, name), _dense_settings(model, layer), SETTING_NAMES)
     pass_padding_on(dense)
     for attribute in ("no_weight_decay", "group_matcher"):  # by which `upcycle` replaced the class's own
         vars(dense).pop(attribute, None)
-    return remember(dense, spec and {"name": spec["name"], "kwargs": spec["kwargs"]})
+    return remember(dense, spec)
 
 
-def _dense_settings(model: nn.Module, layer: SparseMoE) -> dict[str, Any]:
-    """What makes the dense model of the same class."""
+def _baseline(spec: dict | None) -> dict[str, nn.Module]:
+    """{name: module} of the model of dense settings, on the meta device; none if they give no model."""
+    with suppress(TypeError, ValueError, RuntimeError):
+        return dict(on_meta(build_dense, spec).named_modules()) if spec else {}
+    return {}
+
+
+def _dense_settings(model: nn.Module, name: str, layer: SparseMoE) -> dict[str, Any]:
+    """What makes the dense model, or tower that holds the layer, of the same class."""
     width, kind = layer.settings.expert_width, layer.settings.expert_mlp
-    if isinstance(model, SigLino):  # its blocks of `moe_layers` have such MLPs without experts too
+    tower = model if _tower(model, name) == "text" else getattr(model, "visual", model)
+    if isinstance(tower, SigLino):  # its blocks of `moe_layers` have such MLPs without experts too
         return {"num_experts": 0, "expert_width": width, "expert_mlp": kind}
     return {"num_experts": 0, **({} if width is None else {"mlp_ratio": width / layer.in_features})}
 
@@ -141,8 +154,8 @@ def _mean(stacked: Tensor, weight_E: Tensor, granularity: int) -> Tensor:
     return torch.tensordot(weight_E.to(copies.device), copies, dims=1).to(stacked.dtype)
 
 
-def _plain_origin(layer: SparseMoE) -> UpcycledFrom:
-    """What the experts of a model that was never dense would be as one MLP."""
+def _plain_origin(layer: SparseMoE, baseline: nn.Module | None) -> UpcycledFrom:
+    """What the experts of a model that was never dense would be as one MLP: that of the dense model if it fits."""
     experts, norm = layer.experts, layer.experts.norm
     mlp = (GluMlp if experts.gated else Mlp)(
         layer.in_features,
@@ -155,9 +168,21 @@ def _plain_origin(layer: SparseMoE) -> UpcycledFrom:
         device="meta",
         **({"gate_last": False} if experts.gated else {}),
     )
+    if baseline is not None and _fits(baseline, mlp, experts):
+        mlp = baseline
     for name, parameter in mlp.named_parameters():
         parameter.requires_grad_(experts.get_parameter(name).requires_grad)
     return UpcycledFrom(mlp_layout(mlp), mlp, 1)
+
+
+def _fits(baseline: nn.Module, mlp: nn.Module, experts: Experts) -> bool:
+    """The MLP of the dense model is as `mlp`, but for its dropout, and for a bias of zeros that only experts have."""
+    if type(baseline) is not type(mlp) or type(baseline.act) is not type(mlp.act):
+        return False
+    theirs, own = ({name: each.shape for name, each in part.named_parameters()} for part in (baseline, mlp))
+    if "fc2.bias" in own.keys() - theirs.keys() and not experts.fc2.bias.any():
+        del own["fc2.bias"]
+    return theirs == own
 
 
 def _number_to_keep(layer: SparseMoE, keep: int | float, G: int, name: str) -> int:
