@@ -347,3 +347,14 @@ def test_an_image_tower_of_another_class_is_dense_by_its_own_settings(tmp_path):
     image, text = {**SIGLINO, "num_classes": 32}, {**TEXT_SETTINGS, "num_classes": 32}
     model = create_model("two_tower_tiny_patch8_48", image=image, text=text, embed_dim=32).eval()
     comes_back(vmoe.densify(model), tmp_path / "m.safetensors", *pairs())
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "geglu"])
+@torch.no_grad()
+def test_gated_experts_are_made_dense_and_sparse_again(kind):
+    dense = vmoe.densify(tiny_vmoe(expert_mlp=kind))
+    again = vmoe.upcycle(dense, 4, [1]).eval()
+    assert again.blocks[1].mlp.settings.expert_mlp == kind
+    torch.testing.assert_close(again(images()), dense(images()), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="expert_mlp must be left out"):
+        vmoe.upcycle(dense, 4, [1], expert_mlp="mlp")

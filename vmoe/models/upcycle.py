@@ -394,6 +394,7 @@ def upcycle_steps(spec: dict) -> list[dict]:
 
 def _family(model: nn.Module, spec: dict | None, settings: dict, tower: str) -> tuple[dict | None, dict[str, dict]]:
     """For a dense model of this package: (the sparse model's spec, {name: a sparse layer's settings})."""
+    is_asked = "expert_mlp" in settings
     # timm.create_model leaves out None; infinity says the same.
     settings = {k: math.inf if v is None and k.endswith("capacity_factor") else v for k, v in settings.items()}
     towers = [each for each in ("image", "text") if tower in (each, "both")]
@@ -406,4 +407,7 @@ def _family(model: nn.Module, spec: dict | None, settings: dict, tower: str) -> 
     with meta_device():
         model = build_dense(spec)
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, SparseMoE)]
-    return spec, {name: {**asdict(layer.settings), "modalities": layer.modalities} for name, layer in layers}
+    own = {name: {**asdict(layer.settings), "modalities": layer.modalities} for name, layer in layers}
+    if not is_asked:  # the MLPs decide: those of `densify` may be gated
+        own = {name: {k: v for k, v in each.items() if (k, v) != ("expert_mlp", "mlp")} for name, each in own.items()}
+    return spec, own
