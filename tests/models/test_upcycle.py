@@ -35,6 +35,7 @@ TIMM = {
     "beit_base_patch16_224": {**SMALL, "img_size": 32},
     "beit3_base_patch16_224": {**SMALL, "img_size": 32},  # Mlp with a norm
     "aimv2_large_patch14_224": {**SMALL, "img_size": 28},
+    "hiera_tiny_224": {"img_size": 32, "embed_dim": 32, "stages": (1, 1), "q_pool": 1, "num_classes": 5},
     "naflexvit_base_patch16_gap": SMALL,
     "swin_tiny_patch4_window7_224": {
         **{"img_size": 56, "embed_dim": 32, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "num_classes": 5}

@@ -339,7 +339,7 @@ def _num_tokens(model: nn.Module, name: str) -> int | None:
 def _keep_parameter_groups(dense: nn.Module, sparse: nn.Module) -> None:
     """Lets timm's optimizers treat experts as the MLPs that they were copied from: stacked biases have two axes, and
     for layer decay timm counts parameters if there is no `group_matcher`."""
-    own = getattr(sparse, "no_weight_decay", set)()
+    own = set(getattr(sparse, "no_weight_decay", set)())  # a few models give a list
     if not without_decay(sparse) <= own:
         sparse.no_weight_decay = partial(set, frozenset(own | without_decay(sparse)))
     if hasattr(dense, "group_matcher"):
