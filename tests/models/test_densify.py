@@ -358,3 +358,16 @@ def test_gated_experts_are_made_dense_and_sparse_again(kind):
     torch.testing.assert_close(again(images()), dense(images()), rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="expert_mlp must be left out"):
         vmoe.upcycle(dense, 4, [1], expert_mlp="mlp")
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_models_are_taken_out_of_their_wrappers(wrap, tmp_path):
+    file, batch = tmp_path / "m.safetensors", pairs()
+    sparse = two_towers(text={"expert_width": 24, "moe_layers": "every1"})
+    usage = vmoe.measure_usage(sparse, [batch])
+    pruned = vmoe.prune_experts(wrap(sparse), 2, usage)
+    assert numbers(comes_back(pruned, file, *batch)) == [2, 2, 2]
+    dense = comes_back(vmoe.densify(wrap(sparse), "weighted", usage), file, *batch)
+    again = vmoe.upcycle(wrap(dense), 4, [1])
+    assert again.vmoe_spec == vmoe.upcycle(dense, 4, [1]).vmoe_spec
+    comes_back(again, file, *batch)

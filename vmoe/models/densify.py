@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from timm.layers import GluMlp, Mlp
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vmoe.models.calls import call, evaluation_mode
@@ -52,6 +53,7 @@ def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = 
     `how` is "average" of the experts, "weighted" by `usage` (see `measure_usage`), or the index of the one to keep. An
     UpcycleError or ValueError for layers with shared experts, usage that does not fit, or an unknown `how`.
     """
+    model = unwrap_model(model)
     layers, spec = _layers(model), known_spec(model)
     for name, layer in layers.items():
         if layer.shared is not None:
@@ -99,6 +101,7 @@ def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Modul
     whole virtual groups. Of equally used experts in `usage` (see `measure_usage`) the lower index stays. A ValueError
     for usage that does not fit, or a `keep` out of range.
     """
+    model = unwrap_model(model)
     pruned, spec = copy.deepcopy(model), known_spec(model)
     for name, layer in _layers(model).items():
         G = layer.upcycled_from.granularity if hasattr(layer, "upcycled_from") else 1
