@@ -1,6 +1,7 @@
 """Gradients of whole models, recomputed ones, and second derivatives, which fused attention on a CPU does not have."""
 
 import pytest
+import timm
 import torch
 from torch.func import functional_call, grad, jvp, vmap
 
@@ -72,6 +73,19 @@ def test_the_context_manager_does_the_same_for_any_model():
         penalty(model, *inputs("vmoe"))
     with use_backend("reference"):
         assert penalty(model, *inputs("vmoe"))[0] > 0
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "naflexvit_base_patch16_gap"])
+def test_upcycled_models_of_timm_have_second_derivatives_with_the_reference_backend(name, tmp_path):
+    sizes = {"embed_dim": 32, "num_heads": 2, "depth": 2, "num_classes": 3}
+    dense = timm.create_model(name, **sizes, **({} if "naflex" in name else {"img_size": 28, "patch_size": 14}))
+    side = 32 if "naflex" in name else 28
+    save_pretrained(vmoe.upcycle(dense, 4, [1]), tmp_path / "m.safetensors")
+    for model in (
+        vmoe.upcycle(dense, 4, [1], backend="reference"),
+        vmoe.create_model(pretrained=tmp_path / "m.safetensors", backend="reference"),
+    ):
+        assert penalty(model.eval(), torch.randn(2, 3, side, side))[0] > 0
 
 
 def test_the_backend_is_a_setting_of_the_file(tmp_path):
