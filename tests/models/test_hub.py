@@ -138,6 +138,10 @@ def test_image_models_to_timm_and_back(kind, tmp_path, hub):
     vmoe.save_hub_folder(of_timm[0], folder)  # it replaces the folder, and the class names come along
     assert load_model(str(folder)).class_names == ["a", "b", "c"]
     assert_equal(model, vmoe.create_model(pretrained=folder))
+    features = timm.create_model(names[0], pretrained=True, features_only=True, out_indices=[1]).eval()
+    images = torch.randn(2, *preprocess_config(model)["input_size"])
+    (expected,) = model.forward_intermediates(images, indices=[1], intermediates_only=True)
+    torch.testing.assert_close(features(images)[0], expected)
     if "quantized" not in kind:
         assert timm.create_model(names[0], pretrained=True, num_classes=7, img_size=32)(
             torch.randn(1, 3, 32, 32)

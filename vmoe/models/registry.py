@@ -4,6 +4,7 @@ from functools import partial
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import generate_default_cfgs, load_pretrained, register_model, resolve_pretrained_cfg
+from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -70,6 +71,7 @@ def upcycled_moe(pretrained: bool = False, spec: dict | None = None, **kwargs) -
         )
     about = {key: kwargs.pop(key, None) for key in ABOUT_WEIGHTS}
     check_metadata({**spec, "preprocess": {}, "extra": {}})
+    features_only, out_indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", 3)
     model = build({**spec, "kwargs": {**spec["kwargs"], **kwargs}})
     overlay = about["pretrained_cfg_overlay"]
     config = resolve_pretrained_cfg("upcycled_moe", about["pretrained_cfg"], overlay).to_dict()
@@ -78,7 +80,7 @@ def upcycled_moe(pretrained: bool = False, spec: dict | None = None, **kwargs) -
         filter_fn = _filter if isinstance(model, VisionTransformer) else None
         sizes = {"num_classes": model.num_classes, "in_chans": model.in_chans}
         load_pretrained(model, config, filter_fn=filter_fn, cache_dir=about["cache_dir"], **sizes)
-    return model
+    return FeatureGetterNet(model, out_indices=out_indices) if features_only else model
 
 
 default_cfgs |= generate_default_cfgs({"upcycled_moe": {}})
