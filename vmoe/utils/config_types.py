@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import types
 import typing
-from typing import Any
+from typing import Any, Literal
 
 
 @functools.cache
@@ -35,7 +35,13 @@ def inside(annotation: Any, name: str) -> Any:
 
 
 def type_name(annotation: Any) -> str:
-    """A setting's type as written in its dataclass."""
+    """A setting's type as written in its dataclass, or what it may be."""
     if section := section_of(annotation):
         return f"a section with the keys {', '.join(fields_of(section))}"
+    members = members_of(annotation)
+    choices = [
+        choice for member in members if typing.get_origin(member) is Literal for choice in typing.get_args(member)
+    ]
+    if choices:  # alone, or with null
+        return f"one of {', '.join(map(repr, choices))}" + " or null" * (type(None) in members)
     return annotation.__name__ if type(annotation) is type else str(annotation).replace("typing.", "")
