@@ -48,7 +48,9 @@ def build_dense(spec: dict) -> nn.Module:
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument(?:\(s\): \[| )'(\w+)'", str(error))
         if unknown is None:
-            raise ValueError(f"model {name!r} does not take these settings ({sorted(kwargs)}): {error}") from error
+            raise ValueError(
+                f"model {name!r} does not take these settings ({sorted(kwargs)}): {error}"
+            ) from error
         raise ValueError(f"model {name!r} has no setting {unknown[1]!r}{_advice(name, kwargs, unknown[1])}") from error
     return remember(model, {"name": name, "kwargs": with_slots(model, without_loading(kwargs))})
 
@@ -159,9 +161,12 @@ def _timm_spec(model: nn.Module) -> dict | None:
     # Newer versions of timm keep the arguments, ours do in any version.
     kwargs = with_slots(model, without_loading(getattr(model, "_model_args", {})))
     sparse = any(isinstance(module, SparseMoE) for module in model.modules())
-    if isinstance(model, (VisionMoE, NaFlexVisionMoE, SwinMoE, SigLino)) and not sparse:
+    own = isinstance(model, (VisionMoE, NaFlexVisionMoE, SwinMoE, SigLino))
+    if own and not sparse:
         kwargs["num_experts"] = 0
-    return _if_same({"name": tagged if tagged in timm.list_pretrained() else name, "kwargs": kwargs}, model)
+    spec = {"name": tagged if tagged in timm.list_pretrained() else name, "kwargs": kwargs}
+    # Arguments of our own are known, and saving names what else was changed.
+    return _if_same(spec, model, compare=not own)
 
 
 def _open_clip_spec(model: nn.Module) -> dict | None:
@@ -169,8 +174,8 @@ def _open_clip_spec(model: nn.Module) -> dict | None:
     return next(filter(None, (_if_same(spec, model) for spec in open_clip_spec(model))), None)
 
 
-def _if_same(spec: dict, model: nn.Module) -> dict | None:
-    """The specification with what was changed on the model since, or None if it gives another model."""
+def _if_same(spec: dict, model: nn.Module, compare: bool = True) -> dict | None:
+    """The specification with what was changed on the model since, or None if it gives another model (`compare`)."""
     kept_as = experts_kept_as(model)
 
     def again(spec: dict) -> nn.Module:
@@ -179,7 +184,7 @@ def _if_same(spec: dict, model: nn.Module) -> dict | None:
     try:
         changed = _changed(live_settings(on_meta(again, spec)), live_settings(model))
         spec = {**spec, "kwargs": {**spec["kwargs"], **changed}}
-        return None if difference(model, on_meta(again, spec)) else spec
+        return None if compare and difference(model, on_meta(again, spec)) else spec
     except (TypeError, ValueError, RuntimeError):
         return None
 
