@@ -144,6 +144,8 @@ def test_names():
             create_model(name, **{setting: 3})
     with pytest.raises(ValueError, match="model 'resnet18' has no setting 'depths'$"):
         create_model("resnet18", depths=3)
+    with pytest.raises(ValueError, match=r"does not take these settings \(depth, num_heads\): .* divisible"):
+        create_model("vmoe_tiny_patch8_48", depth=2, num_heads=5)
     with pytest.raises(ValueError, match="needs a name"):
         create_model()
     with pytest.raises(ValueError, match="not made by vmoe.create_model"):

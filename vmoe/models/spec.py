@@ -45,11 +45,11 @@ def build_dense(spec: dict) -> nn.Module:
     name, kwargs = spec["name"], spec["kwargs"]
     try:
         model = _construct(name, kwargs)
-    except TypeError as error:
+    except (AssertionError, TypeError) as error:
         unknown = re.search(r"unexpected keyword argument(?:\(s\): \[| )'(\w+)'", str(error))
         if unknown is None:
             raise ValueError(
-                f"model {name!r} does not take these settings ({sorted(kwargs)}): {error}"
+                f"model {name!r} does not take these settings ({', '.join(sorted(kwargs))}): {error}"
             ) from error
         raise ValueError(f"model {name!r} has no setting {unknown[1]!r}{_advice(name, kwargs, unknown[1])}") from error
     return remember(model, {"name": name, "kwargs": with_slots(model, without_loading(kwargs))})
