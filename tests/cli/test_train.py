@@ -41,7 +41,7 @@ def test_what_cannot_be_printed_ends_no_run(make_config, tmp_path, monkeypatch, 
                 os.close(reading)
             assert train.main(["--config", str(tmp_path / "config.yaml")]) == 0
         if output == "ascii":
-            assert "final loss" in reader.read()
+            assert "final task loss" in reader.read()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
     assert len(list_checkpoints(tmp_path / "run")) == 1
 

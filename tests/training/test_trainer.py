@@ -441,7 +441,7 @@ def test_a_run_is_complete_before_its_examples_are_drawn(make_config, monkeypatc
     summary, printed = run(config)
     assert "summary.json" in seen
     assert summary == json.loads((_path(config) / "summary.json").read_text())
-    assert "final loss" in printed
+    assert "final task loss" in printed
     assert "no examples.png: the font is broken" in caplog.text
 
 

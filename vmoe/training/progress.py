@@ -114,7 +114,7 @@ def final_table(summary: dict[str, Any]) -> MetricTable:
     table.add_row("training time", f"{summary['train_seconds']:.0f} s")
     if "teacher_share" in summary:
         table.add_row("  of which the teacher", f"{summary['teacher_share']:.0%}")
-    table.add_row("final loss", f"{summary['loss']:.4f}")
+    table.add_row("final task loss", f"{summary['loss']:.4f}")
     if "best" in summary:
         best = summary["best"]
         table.add_row(f"best {best['metric']} (step {best['step']})", f"{best['value']:.4f}")
