@@ -309,6 +309,7 @@ WRONG = {
     "local-dir:/nowhere": "train.distill.teacher: no weights at /nowhere",
     "PAIRS": "PAIRS is an image-text model, and task 'classification' needs a classifier",
     "TEN": "TEN has 10 classes and data.train 3; they must agree; only one of them has '0', '1'",
+    "HEADLESS": "HEADLESS has no classifier: give a teacher of these classes",
     "NAMES": "class 2 is 'yellow' in train.distill.teacher NAMES and 'red' in data.train; they must agree: give",
 }
 
@@ -320,6 +321,9 @@ def test_teachers_that_do_not_suit_are_one_sentence(make_config, tmp_path, pairs
         given = str(tmp_path / "t.safetensors")
         names = ["blue", "green", "yellow"] if source == "NAMES" else [str(number) for number in range(10)]
         vmoe.save_pretrained(vmoe.create_model(CONV, num_classes=len(names)), given, {"class_names": names})
+    if source == "HEADLESS":
+        given = str(tmp_path / "t.safetensors")
+        vmoe.save_pretrained(vmoe.create_model(CONV, num_classes=0), given)
     with pytest.raises(ConfigError) as error:
         run(make_config(**{"train.distill.teacher": given}))
     assert WRONG[source].replace(source, given) in str(error.value)

@@ -30,6 +30,7 @@ from vmoe.utils.config import ConfigError
 from vmoe.utils.world import world
 
 PROJECTION = "distill_projection"  # a child of the student while it trains: its optimizer state lies with the others'
+REMEDY = "give a teacher of these classes, or teach train.distill.features alone, with train.distill.weight 0"
 PREVIEW = 200  # images of the validation data by which the teacher is judged at the start
 
 
@@ -76,6 +77,8 @@ class Distiller:
             local = {"local_loss": processes > 1, "gather_with_grad": True}
             self._similarities = ClipLoss(**local, rank=rank, world_size=processes).get_logits
             self.tokenizers = TwoTokenizers(tokenizer, get_tokenizer(self.teacher))
+        elif settings.weight and not getattr(self.teacher, "num_classes", outputs):
+            raise ConfigError(f"train.distill.teacher {settings.teacher} has no classifier: {REMEDY}")
         elif settings.weight:
             self.columns = _class_columns(settings.teacher, weights, outputs, data)
         if settings.features:
@@ -211,8 +214,7 @@ def _class_columns(teacher: str, weights: Path | None, outputs: int, data: Image
     try:
         return class_columns(f"train.distill.teacher {teacher}", outputs, names, "data.train", data)
     except ConfigError as error:
-        remedy = "give a teacher of these classes, or teach train.distill.features alone, with train.distill.weight 0"
-        raise ConfigError(f"{error}: {remedy}") from error
+        raise ConfigError(f"{error}: {REMEDY}") from error
 
 
 @contextmanager
