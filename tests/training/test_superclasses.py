@@ -95,7 +95,7 @@ def test_a_run_learns_to_route_its_classes(make_config, tmp_path):
         ("m.csv", "class,blue,green,red\nblue,1,2,3,4\ngreen,0,1,2,3\nred,1,1,1,1\n", "or no whole number"),
         ("m.csv", "class,blue,green,red\nblue,1,2,3\ngreen,0,-1,2\nred,1,1,1\n", "a count is negative"),
         ("m.csv", "index,sample\n", "m.csv: is no confusion matrix of eval.py"),
-        (None, "", "gone: cannot be read"),
+        (None, "", r"gone: cannot be read \(No such file or directory\); give the FILE_confusion.csv of eval.py"),
     ],
 )
 def test_bad_maps_are_one_sentence(tmp_path, name, content, message):

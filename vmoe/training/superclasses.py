@@ -24,6 +24,7 @@ from vmoe.utils.config import ConfigError
 from vmoe.utils.files import parse_json, read_text
 
 SOURCE = "train.superclasses.source"
+GIVE = "give the FILE_confusion.csv of eval.py --output FILE.json, or a JSON file of super-classes"
 
 
 def cluster_classes(confusion_CC: Tensor, number: int) -> list[int]:
@@ -58,7 +59,7 @@ def read_superclasses(source: str, classes: Sequence[str], number: int) -> list[
     except ConfigError:
         raise
     except OSError as error:
-        raise ConfigError(f"{SOURCE} {file}: cannot be read ({error.strerror or error})") from None
+        raise ConfigError(f"{SOURCE} {file}: cannot be read ({error.strerror or error}); {GIVE}") from None
     except ValueError as error:
         raise ConfigError(f"{SOURCE} {file}: {error}") from None
 
