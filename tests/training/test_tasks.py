@@ -25,6 +25,7 @@ from vmoe.training.optim import freeze
 from vmoe.training.tasks import create_task, with_steps
 from vmoe.training.trainer import train
 from vmoe.utils.config import ConfigError, read_config
+from vmoe.utils.meta import meta_device
 
 from .test_trainer import run
 
@@ -332,3 +333,14 @@ def teacher(logits):
     found = SimpleNamespace(**known, _scores=lambda _images: logits, _timed=nullcontext)
     found._together = Distiller._together.__get__(found)
     return found
+
+
+def test_templates_are_checked_where_a_model_has_no_values(make_config, images_dir, monkeypatch):
+    """In a sharded run all processes but the first build their model so."""
+    settings = {"data.val.type": "image_folder", "data.val.path": str(images_dir / "folders"), "train.eval_every": 1}
+    task = create_task(make_config("contrastive", **settings, **{"evaluate.templates": ["a photo of a {}"]}))
+    monkeypatch.setattr("vmoe.training.tasks.from_first", lambda make: 2.0)  # the first process has the value
+    with meta_device():
+        model = task.create_model(None)
+    assert next(model.parameters()).is_meta
+    assert task.evaluation == "zero_shot"

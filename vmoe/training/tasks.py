@@ -279,9 +279,9 @@ class Contrastive(Task):
         if self.config.train.loss == "sigmoid" and getattr(model, "logit_bias", None) is None:
             raise ConfigError("train.loss 'sigmoid' needs a logit bias; set model.kwargs.init_logit_bias (SigLIP: -10)")
         self.tokenizer = get_tokenizer(model)
-        if self.evaluation == "zero_shot":
-            check_templates(self.tokenizer, self.config.evaluate.templates)
         with torch.device("cpu"):  # where the weights are sharded, other processes build the model without values
+            if self.evaluation == "zero_shot":
+                check_templates(self.tokenizer, self.config.evaluate.templates)
             self.previous_scale = torch.tensor(from_first(lambda: model.logit_scale.item()))
         return model
 
