@@ -133,7 +133,7 @@ def test_the_command_copies_files_as_they_are(tmp_path, monkeypatch, capsys):
     (tmp_path / "pairs.csv").write_text("image,caption\na.jpg,red\nb.bmp,blue\n")
     command = ["--source.type", "pairs", "--source.path", "pairs.csv", "--output", "out"]
     assert main(command) == 0
-    assert capsys.readouterr().out == "2 samples in 1 shards in out\n"
+    assert capsys.readouterr().out == "2 samples in 1 shard in out\n"
     assert (tmp_path / "a.jpg").read_bytes() in (tmp_path / "out" / "00000.tar").read_bytes()
     dataset = build_dataset(SourceConfig("shards", "out"))
     assert dataset.captions[:] == ["red", "blue"]

@@ -139,6 +139,7 @@ def test_what_cannot_be_adapted_is_named(monkeypatch):
         vmoe.lora_config(vision(router="soft"), ["router"])
     with pytest.raises(ValueError, match="no 'fc1' to adapt"):
         vmoe.lora_config(vision(), ["fc1"])
+    assert vmoe.lora_config(vision(), "experts") == vmoe.lora_config(vision(), ["experts"])
     with pytest.raises(ValueError, match="targets must name some of attention"):
         vmoe.lora_config(vision(), [])
     model = vision()

@@ -257,3 +257,5 @@ def test_bare_names_of_shipped_configs():
     assert find_config("emoji_zero_shot", "eval") == find_config("emoji_zero_shot.yaml", "eval")
     with pytest.raises(ConfigError, match=r"did you mean 'emoji_zero_shot'\? shipped configs: .*retrieval_pairs"):
         find_config("emoji_zeroshot", "eval")
+    with pytest.raises(ConfigError, match=r"did you mean 'lab/cifar10'\? shipped configs: "):
+        find_config("cifar10")

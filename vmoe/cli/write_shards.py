@@ -172,4 +172,4 @@ def run(config: WriteConfig) -> None:
     dataset = build_dataset(config.source)
     shards, samples, skipped = write_shards(dataset, config.output, config.per_shard, config.on_bad)
     more = f", {skipped} bad ones skipped" if skipped else ""
-    print(f"{samples} samples in {shards} shards in {config.output}{more}")
+    print(f"{samples} samples in {shards} shard{'s' * (shards != 1)} in {config.output}{more}")

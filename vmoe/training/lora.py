@@ -27,19 +27,24 @@ TARGETS = ("attention", "mlp", "experts", "router")
 
 
 def lora_config(
-    model: nn.Module, targets: Sequence[str] = ("attention", "experts"), r: int = 8, alpha: float = 16, **kwargs: Any
+    model: nn.Module,
+    targets: str | Sequence[str] = ("attention", "experts"),
+    r: int = 8,
+    alpha: float = 16,
+    **kwargs: Any,
 ) -> LoraConfig:
     """A `peft.LoraConfig` that adapts parts of a model and trains a classifier whole.
 
     Args:
         targets: of "attention" (its linear layers), "mlp" (dense MLPs), "experts" (also shared ones) and "router" (the
-            gates). ValueError: the model has no such part.
+            gates), or one of these. ValueError: the model has no such part.
         r: rank; each expert has its own A, (r, I), and B, (O, r), for the widths I and O of a layer.
         alpha: the adapters are multiplied by alpha / r.
         **kwargs: further arguments of LoraConfig. PEFT takes no `lora_dropout` and no variants for "experts" and
             "router".
     """
     peft = import_optional("peft", "lora", "LoRA needs", error=ValueError)
+    targets = [targets] if isinstance(targets, str) else targets
     found = {target: ([], []) for target in TARGETS}
     for name, target, parameter in _parts(model):
         found[target][parameter].append(name)

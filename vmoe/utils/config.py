@@ -47,8 +47,9 @@ def find_config(name: str, folder: str = "") -> Path:
     for path in (Path(name), *(one / f"{bare}.yaml" for one in folders)):
         if os.path.isfile(path):  # unlike Path.is_file, false for a name that no file can have
             return path
-    shipped = sorted({path.stem for one in folders for path in one.glob("*.yaml")})
-    nearest = difflib.get_close_matches(Path(bare).name, shipped, n=1)
+    found = {path.relative_to(one).with_suffix("") for one in folders for path in one.rglob("*.yaml")}
+    shipped = sorted(path.as_posix() for path in found if folder or path.parts[0] != "eval")
+    nearest = difflib.get_close_matches(bare, shipped, n=1) or [each for each in shipped if Path(each).name == bare]
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     raise ConfigError(f"--config {printable(name)}: no such file; {hint}shipped configs: {', '.join(shipped)}")
 
