@@ -46,9 +46,9 @@ def measure_usage(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]
 def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = None) -> nn.Module:
     """A dense copy of a sparse model: one MLP instead of each layer's experts. Undoes `upcycle` exactly.
 
-    A layer becomes what it was before `upcycle`, else the MLP of the model's settings without experts, or if that has
-    no place for the weights timm's `Mlp` or `GluMlp`. Combine weights that do not sum to one
-    (V-MoE's own) scale what a sparse layer adds; a dense MLP has no such scale, so the model needs some training.
+    A layer becomes what it was before `upcycle`, else the MLP of the model's settings without experts or, if weights
+    do not fit that, timm's `Mlp` or `GluMlp`. Combine weights that do not sum to one (V-MoE's own) scale what a sparse
+    layer adds; a dense MLP has no such scale, so the model needs some training.
 
     `how` is "average" of the experts, "weighted" by `usage` (see `measure_usage`), or the index of the one to keep. An
     UpcycleError or ValueError for layers with shared experts, usage that does not fit, or an unknown `how`.
