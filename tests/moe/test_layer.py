@@ -424,3 +424,22 @@ def test_gradients_through_torch_func():
     leaf = x.clone().requires_grad_()
     layer(leaf).square().sum().backward()
     torch.testing.assert_close(torch.func.grad(lambda x: layer(x).square().sum())(x), leaf.grad)
+
+
+def test_arguments_by_name_are_those_by_position():
+    layer = SparseMoE(8, num_experts=4).eval()
+    x, mask = torch.randn(2, 5, 8), torch.rand(2, 5) < 0.7
+    assert torch.equal(layer(x_BTD=x, mask_BT=mask), layer(x, mask))
+    traced = torch.fx.Tracer()
+
+    class Named(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.moe = layer
+
+        def forward(self, tokens):
+            return self.moe(x_BTD=tokens)
+
+    named = Named()
+    graph = torch.fx.GraphModule(named, traced.trace(named))
+    assert torch.equal(graph(x), layer(x))

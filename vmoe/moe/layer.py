@@ -49,12 +49,14 @@ def _one_node(forward: Callable) -> Callable:
     """A `forward` that the tracers of torch.fx, of torchvision and timm too, keep as one node."""
 
     @wraps(forward)
-    def call(layer: nn.Module, x: Tensor | Proxy, *args, **kwargs) -> Tensor | Proxy:
-        if not isinstance(x, Proxy):
-            return forward(layer, x, *args, **kwargs)
-        if (path := x.tracer.path_of_module(layer)) == "":
+    def call(layer: nn.Module, *args, **kwargs) -> Tensor | Proxy:
+        proxies = [each for each in (*args, *kwargs.values()) if isinstance(each, Proxy)]
+        if not proxies:
+            return forward(layer, *args, **kwargs)
+        tracer = proxies[0].tracer
+        if (path := tracer.path_of_module(layer)) == "":
             raise RuntimeError("torch.fx cannot trace a sparse layer itself, only a model that holds it as one node")
-        return x.tracer.create_proxy("call_module", path, (x, *args), kwargs)
+        return tracer.create_proxy("call_module", path, args, kwargs)
 
     return call
 
