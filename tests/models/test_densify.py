@@ -371,3 +371,12 @@ def test_models_are_taken_out_of_their_wrappers(wrap, tmp_path):
     again = vmoe.upcycle(wrap(dense), 4, [1])
     assert again.vmoe_spec == vmoe.upcycle(dense, 4, [1]).vmoe_spec
     comes_back(again, file, *batch)
+
+
+def test_a_module_of_the_users_is_no_wrapper():
+    class Mine(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module, self.extra = create_model("vmoe_tiny_patch8_48", depth=2), torch.nn.Linear(2, 2)
+
+    assert hasattr(vmoe.densify(Mine()), "extra")

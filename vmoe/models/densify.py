@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from timm.layers import GluMlp, Mlp
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vmoe.models.calls import call, evaluation_mode
@@ -21,6 +20,7 @@ from vmoe.models.upcycle import upcycle_steps
 from vmoe.moe import SparseMoE, record_routing
 from vmoe.moe.config import SETTING_NAMES, RoutingSettings
 from vmoe.moe.experts import Experts, refuse_adapters
+from vmoe.moe.record import unwrap
 from vmoe.moe.router import Gate
 
 Usage = Mapping[str, Tensor | Sequence[float]]  # or numpy's arrays
@@ -53,7 +53,7 @@ def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = 
     `how` is "average" of the experts, "weighted" by `usage` (see `measure_usage`), or the index of the one to keep. An
     UpcycleError or ValueError for layers with shared experts, usage that does not fit, or an unknown `how`.
     """
-    model = unwrap_model(model)
+    model = unwrap(model)
     layers, spec = _layers(model), known_spec(model)
     for name, layer in layers.items():
         if layer.shared is not None:
@@ -70,7 +70,9 @@ def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = 
         for key, value in layer.experts.act.state_dict().items():
             tensors[f"{origin.layout.act}.{key}"] = value.clone()
         mlp = copy.deepcopy(origin.skeleton)
-        mlp.load_state_dict({key: tensors[key] for key in mlp.state_dict()}, assign=True)
+        if (bias := f"{origin.layout.fc2}.bias") not in mlp.state_dict():  # zeros, see `_fits`
+            tensors.pop(bias, None)
+        mlp.load_state_dict(tensors, assign=True)
         dense.set_submodule(name, mlp.train(layer.training))
     pass_padding_on(dense)
     for attribute in ("no_weight_decay", "group_matcher"):  # by which `upcycle` replaced the class's own
@@ -101,7 +103,7 @@ def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Modul
     whole virtual groups. Of equally used experts in `usage` (see `measure_usage`) the lower index stays. A ValueError
     for usage that does not fit, or a `keep` out of range.
     """
-    model = unwrap_model(model)
+    model = unwrap(model)
     pruned, spec = copy.deepcopy(model), known_spec(model)
     for name, layer in _layers(model).items():
         G = layer.upcycled_from.granularity if hasattr(layer, "upcycled_from") else 1

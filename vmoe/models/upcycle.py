@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from timm.optim import auto_group_layers
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vmoe.models.dense_mlp import MlpLayout, UpcycledFrom, UpcycleError, mlp_layout, stacked_parameters, to_experts
@@ -30,6 +29,7 @@ from vmoe.moe import SparseMoE
 from vmoe.moe.config import SETTING_NAMES, with_preset
 from vmoe.moe.experts import refuse_adapters
 from vmoe.moe.layer import ROUTERS
+from vmoe.moe.record import unwrap
 from vmoe.utils.meta import meta_device
 
 TOWERS = ("image", "text", "both")
@@ -85,7 +85,7 @@ def upcycle(
     is_one = isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
     models = [models] if is_one or not isinstance(models, Iterable) else list(models)
     _check(models, calibration, tower, settings)
-    models = [unwrap_model(model) for model in models]
+    models = [unwrap(model) for model in models]
     _check_numbers(granularity, expert_noise, reinit, cluster_energy)
     model, several = models[0], len(models) > 1
     layers = ("every1" if several else "last2") if layers is None else layers
