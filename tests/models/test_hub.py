@@ -142,6 +142,8 @@ def test_image_models_to_timm_and_back(kind, tmp_path, hub):
     images = torch.randn(2, *preprocess_config(model)["input_size"])
     (expected,) = model.forward_intermediates(images, indices=[1], intermediates_only=True)
     torch.testing.assert_close(features(images)[0], expected)
+    data, own = (timm.data.resolve_model_data_config(each) for each in (features, of_timm[0]))
+    assert (data["mean"], data["input_size"]) == (own["mean"], own["input_size"])
     if "quantized" not in kind:
         assert timm.create_model(names[0], pretrained=True, num_classes=7, img_size=32)(
             torch.randn(1, 3, 32, 32)

@@ -4,6 +4,7 @@ from functools import partial
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import generate_default_cfgs, load_pretrained, register_model, resolve_pretrained_cfg
+from timm.models._builder import pretrained_cfg_for_features
 from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -61,7 +62,10 @@ def _filter(state_dict: dict[str, Tensor], model: VisionTransformer) -> dict[str
 
 
 def upcycled_moe(pretrained: bool = False, spec: dict | None = None, **kwargs) -> nn.Module:
-    """A model by its `vmoe.models.spec.model_spec`, such as an upcycled one: what `save_hub_folder` names."""
+    """A model by its `vmoe.models.spec.model_spec`, such as an upcycled one: what `save_hub_folder` names.
+
+    With `features_only` its features of `out_indices`, by default of the last three stages or blocks.
+    """
     from vmoe.models.factory import build
     from vmoe.models.validation import check_metadata
 
@@ -71,7 +75,7 @@ def upcycled_moe(pretrained: bool = False, spec: dict | None = None, **kwargs) -
         )
     about = {key: kwargs.pop(key, None) for key in ABOUT_WEIGHTS}
     check_metadata({**spec, "preprocess": {}, "extra": {}})
-    features_only, out_indices = kwargs.pop("features_only", False), kwargs.pop("out_indices", 3)
+    features = {"out_indices": kwargs.pop("out_indices", 3)} if kwargs.pop("features_only", False) else None
     model = build({**spec, "kwargs": {**spec["kwargs"], **kwargs}})
     overlay = about["pretrained_cfg_overlay"]
     config = resolve_pretrained_cfg("upcycled_moe", about["pretrained_cfg"], overlay).to_dict()
@@ -80,7 +84,11 @@ def upcycled_moe(pretrained: bool = False, spec: dict | None = None, **kwargs) -
         filter_fn = _filter if isinstance(model, VisionTransformer) else None
         sizes = {"num_classes": model.num_classes, "in_chans": model.in_chans}
         load_pretrained(model, config, filter_fn=filter_fn, cache_dir=about["cache_dir"], **sizes)
-    return FeatureGetterNet(model, out_indices=out_indices) if features_only else model
+    if features is None:
+        return model
+    getter = FeatureGetterNet(model, **features)
+    getter.pretrained_cfg = getter.default_cfg = pretrained_cfg_for_features(config)
+    return getter
 
 
 default_cfgs |= generate_default_cfgs({"upcycled_moe": {}})
