@@ -259,3 +259,5 @@ def test_bare_names_of_shipped_configs():
         find_config("emoji_zeroshot", "eval")
     with pytest.raises(ConfigError, match=r"did you mean 'lab/cifar10'\? shipped configs: "):
         find_config("cifar10")
+    with pytest.raises(ConfigError, match="did you mean 'limoe_tiny_emoji'"):
+        find_config("/old/project/configs/limoe_tiny_emoij.yaml")

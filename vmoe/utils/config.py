@@ -49,7 +49,9 @@ def find_config(name: str, folder: str = "") -> Path:
             return path
     found = {path.relative_to(one).with_suffix("") for one in folders for path in one.rglob("*.yaml")}
     shipped = sorted(path.as_posix() for path in found if folder or path.parts[0] != "eval")
-    nearest = difflib.get_close_matches(bare, shipped, n=1) or [each for each in shipped if Path(each).name == bare]
+    by_stem = {Path(each).name: each for each in shipped}
+    nearest = difflib.get_close_matches(bare, shipped, n=1)
+    nearest = nearest or [by_stem[stem] for stem in difflib.get_close_matches(Path(bare).name, by_stem, n=1)]
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     raise ConfigError(f"--config {printable(name)}: no such file; {hint}shipped configs: {', '.join(shipped)}")
 
