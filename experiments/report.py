@@ -33,7 +33,7 @@ METHOD = (
     "Values are means over seeds ± their standard error. A difference is taken seed by seed, since runs of one seed "
     "share the order of the data, and then averaged: it is called clear if there are at least three seeds and it is "
     "more than two standard errors from 0. With three seeds that is weak evidence for a single row, and of many rows "
-    'some are clear by chance. "p, images" '
+    'some are clear by chance. "seeds" counts those that have the first metric. "p, images" '
     "is the probability that two equally good runs differ so much by the choice of the validation images: McNemar's "
     "test, with an image's differences summed over the seeds. Accuracies, and differences of them, are in percent. "
     "GFLOPs are of the forward pass of one image, two for a multiply-add. images/s are of training, measured by "
@@ -103,7 +103,8 @@ def with_tables(file: Path, results: Sequence[Results]) -> str:
 
 def table(results: Results, short: bool = False) -> str:
     """A row for each run; a short table has the first metric and what a model costs."""
-    columns = [["run", *results.runs], ["seeds", *(str(len(results.of(run))) for run in results.runs)]]
+    seeds = [str(len(results.values(run, results.metrics[0]))) for run in results.runs]
+    columns = [["run", *results.runs], ["seeds", *seeds]]  # those that have the first metric
     for metric in results.metrics[:1] if short else results.metrics:
         values = [list(results.values(run, metric).values()) for run in results.runs]
         columns.append([metric, *(show(estimate(each), metric) if each else "" for each in values)])

@@ -46,6 +46,16 @@ def test_the_page_is_made_from_the_records_alone(lab, capsys):
     assert max(map(len, text.split("```")[0].splitlines())) <= 120 or "|" in text
 
 
+def test_seeds_without_the_first_metric_do_not_count(lab):
+    lab.write(metrics=["ece", "top1"])
+    assert lab.launch() == 0
+    record = read_records(lab.records)["sparse", 1]
+    del record["metrics"]["ece"]
+    write_record(lab.records, record)
+    assert lab.report() == 0
+    assert [row(lab, run)[1] for run in ("dense", "sparse")] == ["2", "1"]
+
+
 @pytest.mark.parametrize(
     ("top1", "sentence"),
     [
