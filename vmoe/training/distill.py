@@ -30,7 +30,7 @@ from vmoe.utils.config import ConfigError
 from vmoe.utils.world import world
 
 PROJECTION = "distill_projection"  # a child of the student while it trains: its optimizer state lies with the others'
-REMEDY = "give a teacher of these classes, or teach train.distill.features alone, with train.distill.weight 0"
+TEACHER_REMEDY = "give a teacher of these classes, or teach train.distill.features alone, with train.distill.weight 0"
 PREVIEW = 200  # images of the validation data by which the teacher is judged at the start
 
 
@@ -78,7 +78,7 @@ class Distiller:
             self._similarities = ClipLoss(**local, rank=rank, world_size=processes).get_logits
             self.tokenizers = TwoTokenizers(tokenizer, get_tokenizer(self.teacher))
         elif settings.weight and not getattr(self.teacher, "num_classes", outputs):
-            raise ConfigError(f"train.distill.teacher {settings.teacher} has no classifier: {REMEDY}")
+            raise ConfigError(f"train.distill.teacher {settings.teacher} has no classifier: {TEACHER_REMEDY}")
         elif settings.weight:
             self.columns = _class_columns(settings.teacher, weights, outputs, data)
         if settings.features:
@@ -137,10 +137,10 @@ class Distiller:
         `outputs` are the student's, and `ask` gives the teacher's.
         """
         with self._timed():
-            found = ask(self.teacher)
+            teacher_outputs = ask(self.teacher)
         with torch.autocast(loss.device.type, enabled=False):
             names = ("image_features", "text_features", "logit_scale")
-            own, theirs = (self._similarities(*(each[name] for name in names)) for each in (outputs, found))
+            own, theirs = (self._similarities(*(each[name] for name in names)) for each in (outputs, teacher_outputs))
             losses = [soft_loss(*pair, self.settings.temperature) for pair in zip(own, theirs)]
         return self._together(loss, {"distill_loss": sum(losses) / 2})
 
@@ -214,7 +214,7 @@ def _class_columns(teacher: str, weights: Path | None, outputs: int, data: Image
     try:
         return class_columns(f"train.distill.teacher {teacher}", outputs, names, "data.train", data)
     except ConfigError as error:
-        raise ConfigError(f"{error}: {REMEDY}") from error
+        raise ConfigError(f"{error}: {TEACHER_REMEDY}") from error
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from vmoe.utils.config import ConfigError
 from vmoe.utils.files import parse_json, read_text
 
 SOURCE = "train.superclasses.source"
-GIVE = "give the FILE_confusion.csv of eval.py --output FILE.json, or a JSON file of super-classes"
+SOURCE_REMEDY = "give the FILE_confusion.csv of eval.py --output FILE.json, or a JSON file of super-classes"
 
 
 def cluster_classes(confusion_CC: Tensor, number: int) -> list[int]:
@@ -59,7 +59,7 @@ def read_superclasses(source: str, classes: Sequence[str], number: int) -> list[
     except ConfigError:
         raise
     except OSError as error:
-        raise ConfigError(f"{SOURCE} {file}: cannot be read ({error.strerror or error}); {GIVE}") from None
+        raise ConfigError(f"{SOURCE} {file}: cannot be read ({error.strerror or error}); {SOURCE_REMEDY}") from None
     except ValueError as error:
         raise ConfigError(f"{SOURCE} {file}: {error}") from None
 
@@ -113,8 +113,8 @@ class SuperclassLoss:
         return f"super-classes: {' | '.join(', '.join(group) for group in groups)}"
 
     def __call__(self, record: RoutingRecord, target: Tensor) -> dict[str, Tensor]:
-        """{"superclass_loss": mean over the layers, "superclass_top1": how often the largest logit is right}, of labels
-        (B,) or the classes' shares in mixed images (B, C)."""
+        """{"superclass_loss": mean over the layers, "superclass_top1": how often the largest logit is right}, scalars,
+        of a recorded batch and its labels (B,), or the classes' shares in mixed images (B, C)."""
         target_BE = self._target(target)
         found = [self._of_layer(call, target_BE) for _, call in record.calls]
         loss, top1 = (torch.stack(values).mean() for values in zip(*found, strict=True))

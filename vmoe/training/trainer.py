@@ -302,9 +302,9 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.progress |= {"seconds": self.progress["seconds"] + seconds, "loss": parts["task_loss"]}
         if self.task.distiller is not None:
-            own = self.task.distiller.take_seconds()
-            self.progress["teacher_seconds"] = self.progress.get("teacher_seconds", 0.0) + own
-            self.teacher_seconds += own
+            teacher_seconds = self.task.distiller.take_seconds()
+            self.progress["teacher_seconds"] = self.progress.get("teacher_seconds", 0.0) + teacher_seconds
+            self.teacher_seconds += teacher_seconds
         self.images += self.processes * sum(len(batch["index"]) for batch in batches)
         self.seconds += seconds
         self.display.step_done(self.step, seconds)
@@ -322,9 +322,9 @@ class Trainer:
                 loss = large_batch.loss(part, self.task.outputs(module, batch))
         parts = {"task_loss": loss.detach()} if self.task.distiller is None else self.task.distiller.parts
         if (superclasses := self.task.superclasses) is not None:
-            own = superclasses(record, self.task.target)
-            loss = loss + superclasses.weight * own["superclass_loss"]
-            parts = parts | {name: value.detach() for name, value in own.items()}
+            found = superclasses(record, self.task.target)
+            loss = loss + superclasses.weight * found["superclass_loss"]
+            parts = parts | {name: value.detach() for name, value in found.items()}
         return loss + record.auxiliary_loss().to(self.device), parts, record
 
     def _seed(self, part: int) -> int:
