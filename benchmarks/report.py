@@ -59,8 +59,8 @@ ABOUT = {
     "four times the number of rounds below.",
     "trainers": "`train.py`, timm's train.py and open_clip's trainer with the same model, JPEG files, crops, batches, "
     "optimizer and one worker. Each epoch ends with a checkpoint, and a classifier's with an evaluation of 8 images. "
-    "The CPU time of one epoch, of all processes, is taken from that of several, so start-up and the first epoch, in "
-    "which the cache is filled, do not count. Speed is images per CPU second over the other trainer's: above 1 "
+    "The CPU time of one epoch, of all processes, is taken from that of several, so start-up and the first reading "
+    "of the images do not count. Speed is images per CPU second over the other trainer's: above 1 "
     "`train.py` is cheaper.",
 }
 

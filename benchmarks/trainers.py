@@ -3,9 +3,9 @@
 All of a comparison train the same model on the same JPEG files, with the same crops, batches, optimizer and number of
 workers, without clipping of gradients; each epoch ends with a checkpoint, and a classifier's with an evaluation of 8
 images. A run of one epoch and one of several are timed, and their difference is divided by the images between them, so
-imports and the first epoch do not count. train.py is measured with and without `data.cache: memory`, which the others
-lack; its images of examples are off. CPU time is that of all processes of a run; other work on the machine changes it
-little. timm's scripts are not in its package: --timm_scripts names a checkout of
+imports and the first epoch do not count. train.py is measured with and without its cache of decoded images, which the
+others lack; its images of examples are off. CPU time is that of all processes of a run; other work on the machine
+changes it little. timm's scripts are not in its package: --timm_scripts names a checkout of
 https://github.com/huggingface/pytorch-image-models; without it those comparisons are skipped.
 """
 
@@ -151,7 +151,7 @@ def commands_of(pair: str, folder: Path, args: argparse.Namespace) -> dict[str, 
         other = {"timm's train.py": partial(timm_script, folder, args, model, more)}
     own = {
         name: partial(ours, folder, args, task, model, cache, **kwargs)
-        for name, cache in (("train.py", None), ("train.py, data.cache: memory", "memory"))
+        for name, cache in (("train.py", "auto"), ("train.py, data.cache: null", None))
     }
     return own | other
 

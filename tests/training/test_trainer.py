@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import vmoe
 from vmoe.cli.evaluate import run as evaluate
 from vmoe.data import BadSample, SourceConfig
+from vmoe.data.sources.folder import ImageFolder
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.models.manifest import list_checkpoints, step_of
 from vmoe.training import tasks
@@ -140,7 +141,7 @@ def test_the_number_of_workers_changes_nothing(make_config, tmp_path):
 
 def test_a_cache_of_the_images_changes_nothing_but_the_speed(make_config, tmp_path, monkeypatch):
     settings = {"train.eval_every": 3, "data.augmentation.hflip": 0.5}
-    plain = make_config(**settings)
+    plain = make_config(**settings, **{"data.cache": None})
     run(plain)
     memory = make_config(**settings, output_dir=tmp_path / "memory", **{"data.cache": "memory"})
     with monkeypatch.context() as context:
@@ -158,6 +159,28 @@ def test_a_cache_larger_than_its_bound_is_refused_before_anything_is_written(mak
     with pytest.raises(ConfigError, match="data.cache_gb is 1e-06, and the decoded images need about .*: raise it, or"):
         run(config)
     assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({}, "cache: 24 decoded images, "),  # 6 steps of 8 images: two epochs
+        ({"train.steps": 2, "train.accumulate_steps": 3}, "cache: 24 decoded images, "),
+        ({"train.steps": 5}, ""),
+        ({"data.cache": None}, ""),
+        ({"data.cache_gb": 1e-6}, "cache: none, data.cache_gb is 1e-06, and the decoded images need about 0.01 GB"),
+    ],
+)
+def test_images_are_cached_if_they_are_read_again_and_fit(make_config, settings, line):
+    _, printed = run(make_config(**settings))
+    assert line in printed
+    assert ("cache:" in printed) == bool(line)
+
+
+def test_images_that_are_in_memory_are_cached_on_demand_alone(make_config, monkeypatch):
+    monkeypatch.setattr(ImageFolder, "decoded", True)
+    assert "cache:" not in run(make_config())[1]
+    assert "cache: 24 decoded images, " in run(make_config(**{"data.cache": "memory", "train.steps": 7}))[1]
 
 
 def test_a_run_learns_and_leaves_its_records(make_config):

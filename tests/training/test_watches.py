@@ -43,7 +43,7 @@ def test_waiting_for_data_is_reported_once_with_a_remedy(workers, cores, words, 
     (message,) = caplog.messages
     assert "waits for data 50% of the time: each process could take 600 images/s" in message
     assert words in message
-    assert message.endswith(", or set data.cache memory if the decoded images fit into it")
+    assert message.endswith(", or set data.cache memory and data.cache_gb if the decoded images fit into memory")
 
 
 def test_a_cache_is_no_remedy_where_there_is_one(caplog):

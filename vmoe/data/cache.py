@@ -18,6 +18,15 @@ SAMPLED = 64  # images from which the size of all is estimated
 SLACK = 1.2  # memory that is allocated beyond the estimate; the system provides it when it is used
 
 
+class CacheTooSmall(ConfigError):
+    """The decoded images take more than the bound; `needed` are their bytes, by the names of the data's settings."""
+
+    def __init__(self, needed: dict[str, float], max_bytes: float) -> None:
+        sizes = " and ".join(f"{math.ceil(size / 1e7) / 100:g} GB ({name})" for name, size in needed.items())
+        self.reason = f"data.cache_gb is {max_bytes / 1e9:g}, and the decoded images need about {sizes}"
+        super().__init__(f"{self.reason}: raise it, or set data.cache to null, and images are read from their files")
+
+
 class ImageCache(Sequence[Sample]):
     """The samples of a data set with the bytes of their images, for loaders; bad samples stay bad."""
 
@@ -86,12 +95,12 @@ def cache_images(
 ) -> int:
     """Reads the images of data sets, by the names of their settings, into memory, where loaders then take them from.
 
-    Returns their bytes. `progress` shows how much of an iterable is done, as rich's `track`. ConfigError: the images
+    Returns their bytes. `progress` shows how much of an iterable is done, as rich's `track`. CacheTooSmall: the images
     take more than `max_bytes`; those of one size are not read then. DataError: a data set cannot be read.
     """
     needed = {name: _estimate(dataset) for name, dataset in datasets.items()}
     if sum(needed.values()) > max_bytes:
-        raise _too_large(needed, max_bytes)
+        raise CacheTooSmall(needed, max_bytes)
     for name, dataset in datasets.items():
         cache = ImageCache(needed[name])
         indices = [range(len(dataset))[start : start + BLOCK] for start in range(0, len(dataset), BLOCK)]
@@ -99,7 +108,7 @@ def cache_images(
             cache.add(*block)
             sizes = needed | {name: max(needed[name], cache.num_bytes)}
             if sum(sizes.values()) > max_bytes:  # the images are larger than those of the estimate
-                raise _too_large(needed | {name: cache.num_bytes * len(indices) / done}, max_bytes)
+                raise CacheTooSmall(needed | {name: cache.num_bytes * len(indices) / done}, max_bytes)
         dataset.cache, needed[name] = cache, cache.num_bytes
     return sum(needed.values())
 
@@ -129,9 +138,3 @@ def _estimate(dataset: ImageDataset) -> float:
         with suppress(BadSample):
             total += 3 * math.prod(dataset[index].image.size)
     return total * len(dataset) / len(chosen)
-
-
-def _too_large(needed: dict[str, float], max_bytes: float) -> ConfigError:
-    sizes = " and ".join(f"{math.ceil(size / 1e7) / 100:g} GB ({name})" for name, size in needed.items())
-    problem = f"data.cache_gb is {max_bytes / 1e9:g}, and the decoded images need about {sizes}"
-    return ConfigError(f"{problem}: raise it, or leave data.cache out, and images are read from their files")

@@ -57,6 +57,7 @@ class ImageDataset(ABC):
     # Share of the image's side that an evaluation keeps, where the data set says so (ImageNet-C is cropped already).
     crop_pct: float | None = None
     reading: Reading = Reading()  # how image files are read
+    decoded: bool = False  # images are in memory already, as arrays
     cache: Sequence[Sample] | None = None  # all samples, where loaders find them; see vmoe/data/cache.py
     _fingerprint: str | None = None
 

@@ -92,13 +92,14 @@ class DataConfig:
         train: Data to train on.
         val: Data for the periodic and the final evaluation; unused if train.eval_every is 0.
         cache: "memory" keeps all images of both decoded in memory, 3 bytes for a pixel: they are read once, before the
-            first step, and batches are the same. null: images are read from their files in each epoch.
-        cache_gb: Most memory of the cache in GB, in each process; data that need more are an error.
+            first step, and batches are the same. "auto" does so if the run takes two epochs or more and the images fit
+            into `cache_gb`. null: images are read from their files in each epoch.
+        cache_gb: Most memory of the cache in GB, in each process; with "memory", data that need more are an error.
     """
 
     train: SourceConfig = field(default_factory=SourceConfig)
     val: SourceConfig = field(default_factory=SourceConfig)
-    cache: Literal["memory"] | None = None
+    cache: Literal["auto", "memory"] | None = "auto"
     cache_gb: float = 4.0
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vmoe.data import BadSample, EvalLoader, LoaderConfig, Transform, build_mixup, eval_loader
 from vmoe.data.build import applies_orientation, build_dataset, with_orientation
-from vmoe.data.cache import cache_images
+from vmoe.data.cache import CacheTooSmall, cache_images
 from vmoe.data.loader import batches_of
 from vmoe.data.naflex import NaFlexTransform
 from vmoe.data.workers import own_cores
@@ -116,14 +116,27 @@ class Task:
         self.class_names: list[str] | None = self.train_data.classes
 
     def cache_images(self, console: Console) -> None:
-        """Reads all images into memory, if the config says so."""
+        """Reads all images into memory, if the config says so; CacheTooSmall: they do not fit."""
+        data, train = self.config.data, self.config.train
         sets = {"data.train": self.train_data, "data.val": self.val_data}
-        sets = {name: data for name, data in sets.items() if data is not None}
-        if self.config.data.cache is not None:
-            began, shown = time.monotonic(), partial(track, description="images", console=console, transient=True)
-            used = cache_images(sets, 1e9 * self.config.data.cache_gb, own_cores(), shown) / 1e9
-            seconds, number = time.monotonic() - began, sum(map(len, sets.values()))
-            say(console, f"cache: {number:,} decoded images, {used:.3g} GB, read in {seconds:.0f} s")
+        sets = {name: images for name, images in sets.items() if images is not None}
+        if data.cache == "auto":
+            sets = {name: images for name, images in sets.items() if not images.decoded}
+            taken = train.steps * train.accumulate_steps * min(data.loader.batch_sizes.values())
+            if taken < 2 * len(self.train_data):
+                return
+        if data.cache is None or not sets:
+            return
+        began, shown = time.monotonic(), partial(track, description="images", console=console, transient=True)
+        try:
+            used = cache_images(sets, 1e9 * data.cache_gb, own_cores(), shown) / 1e9
+        except CacheTooSmall as error:
+            if data.cache == "memory":
+                raise
+            say(console, f"cache: none, {error.reason}")
+            return
+        seconds, number = time.monotonic() - began, sum(map(len, sets.values()))
+        say(console, f"cache: {number:,} decoded images, {used:.3g} GB, read in {seconds:.0f} s")
 
     def _build(self, pretrained: str | None, continued: bool, kwargs: dict[str, Any]) -> nn.Module:
         config = self.config.model

@@ -124,7 +124,6 @@ class Trainer:
         self.precision = pick_precision(config.train.precision, device)
         seed_everything(config.seed)
         self.task = create_task(config)
-        self.task.cache_images(console)
         self.best = BestWatch(config.train.keep_best, config.train.patience, self.task.metric_names)
         self.model = self._create_model(checkpoint)
         self.profile = model_profile(self.model)
@@ -136,6 +135,7 @@ class Trainer:
         transform = image_transform(self.model, config.data.loader, config.data.augmentation)
         data, distiller = self.task.train_data, self.task.distiller
         tokenizer = getattr(distiller, "tokenizers", self.task.tokenizer)
+        self.task.cache_images(console)
         loader = train_loader(data, transform, tokenizer, config.data.loader, config.seed, device)
         self.step, self.progress = 0, {"seconds": 0.0, "loss": math.nan, "evaluation": {}, "evaluated": 0}
         if checkpoint is not None:
@@ -231,7 +231,7 @@ class Trainer:
                 draft.write_text(to_yaml(self.config), encoding="utf-8")
         self.metrics = MetricsLog(self.run if self.first else None, self.step, train.tensorboard, *logs)
         self.collapse_watch = CollapseWatch(train.collapse_after)
-        self.data_watch = DataWatch(self.config.data.loader.num_workers, self.config.data.cache is not None)
+        self.data_watch = DataWatch(self.config.data.loader.num_workers, self.task.train_data.cache is not None)
         self.checkpointer = Checkpointer(self.run, train.keep_last, train.async_checkpoints)
         if self.first and self.best.step is not None:  # the run may have stopped before it was named
             link_best(self.run, self.best.step)

@@ -68,7 +68,7 @@ class DataWatch:
         if self.num_workers >= own_cores():
             remedy = f"all {own_cores()} CPU cores read already: store smaller images, or take more cores"
         if not self.cached:
-            remedy += ", or set data.cache memory if the decoded images fit into it"
+            remedy += ", or set data.cache memory and data.cache_gb if the decoded images fit into memory"
         logger.warning(
             f"the model waits for data {waiting:.0%} of the time: each process could take {needed:.0f} images/s, and "
             f"data.loader.num_workers {self.num_workers} reads {readable:.0f}; {remedy}"

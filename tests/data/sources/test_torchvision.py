@@ -41,6 +41,7 @@ def test_torchvision_from_disk(fashion_mnist, split):
     assert len(dataset) == 3
     assert dataset[0].image.mode == "RGB"
     assert dataset.classes[dataset[0].label] == "Ankle boot"
+    assert dataset.decoded
 
 
 def test_torchvision_mistakes_are_explained(tmp_path, fashion_mnist):

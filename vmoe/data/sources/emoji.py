@@ -98,6 +98,8 @@ def choose_val(emoji: Sequence[Emoji]) -> set[str]:
 class EmojiImages(ImageDataset):
     """Emoji drawn at a size: with their names as captions and classes, or with Unicode's ten groups as classes."""
 
+    decoded = True
+
     def __init__(self, source: SourceConfig) -> None:
         everything, self.has_captions = list_emoji(), source.type == "emoji"
         other, codes = ("held_out", read_held_out()) if self.has_captions else ("val", choose_val(everything))

@@ -18,6 +18,7 @@ class Mixture(ConcatenatedDataset):
     def __init__(self, datasets: Sequence[ImageDataset], weights: Sequence[float | None] = (None,)) -> None:
         self.datasets = datasets
         self.set_sizes([len(dataset) for dataset in datasets])
+        self.decoded = all(dataset.decoded for dataset in datasets)
         self.weights = self.sizes.tolist() if None in weights else weights
         self.has_captions = all(dataset.has_captions for dataset in datasets)
         same = all(dataset.classes == datasets[0].classes for dataset in datasets)

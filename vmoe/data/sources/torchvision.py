@@ -2,6 +2,8 @@
 
 import inspect
 
+import numpy as np
+from torch import Tensor
 from torchvision import datasets
 
 from vmoe.data.config import SourceConfig
@@ -42,6 +44,7 @@ class TorchvisionDataset(ImageDataset):
         if not self.classes or not len(self.dataset):
             what = "is empty" if self.classes else "names no classes"
             raise ValueError(f"torchvision's {name}, split {split!r}, in {path} {what}; check its files")
+        self.decoded = isinstance(getattr(self.dataset, "data", None), np.ndarray | Tensor)
 
     def __len__(self) -> int:
         return len(self.dataset)
