@@ -4,26 +4,27 @@ const state = { layer: 0, expert: null };
 const MAX_CLASSES = 40; // rows of the heat map
 
 const LAYER_NAMES = DATA.layers.map(({ title }) => title);
-const ROUTERS = [...new Set(DATA.layers.map(({ router }) => router))];
+const CHOOSERS = [...new Set(DATA.layers.map(({ chooser }) => chooser))];
 // What share_dropped is; null where nothing can be dropped.
-const DROPPED_TITLE = ROUTERS.includes("top_k") ? "Dropped" : ROUTERS.includes("expert_choice") ? "Taken by none" : null;
+const DROPPED_TITLE = CHOOSERS.includes("tokens") ? "Dropped" : CHOOSERS.includes("experts") ? "Taken by none" : null;
 const expertName = () => (state.expert === null ? "all experts" : `expert ${state.expert}`);
 const toggleExpert = (expert) => choose({ expert: state.expert === expert ? null : expert });
 
 // ---- header ----
 
 // Capacity of the experts; a fixed number of rows overrides the factor.
-function capacityText({ router, capacity, eval_capacity_factor: factor, batch_priority: priority }) {
-  if (router === "soft") return "soft: nothing is dropped";
-  if (capacity === null && factor === null) return router === "top_k" ? "no limit: nothing is dropped" : "factor of training";
+function capacityText({ chooser, capacity, eval_capacity_factor: factor, batch_priority: priority }) {
+  if (chooser === "slots") return "soft: nothing is dropped";
+  const perToken = chooser === "tokens";
+  if (capacity === null && factor === null) return perToken ? "no limit: nothing is dropped" : "factor of training";
   const limit = capacity === null ? `factor ${factor}` : `${capacity} row${capacity === 1 ? "" : "s"} per expert`;
-  return `${limit}${router === "top_k" && priority ? ", largest weights first" : ""}`;
+  return `${limit}${perToken && priority ? ", largest weights first" : ""}`;
 }
 
 const ROUTER_TEXT = {
-  top_k: ({ num_selected_experts: choices }) => `top-k: each token chooses ${choices === 1 ? "an expert" : `${choices} experts`}`,
-  expert_choice: () => "expert choice: each expert chooses tokens",
-  soft: () => "soft: each expert gets all tokens, weighted",
+  tokens: ({ num_selected_experts: choices }) => `top-k: each token chooses ${choices === 1 ? "an expert" : `${choices} experts`}`,
+  experts: () => "expert choice: each expert chooses tokens",
+  slots: () => "soft: each expert gets all tokens, weighted",
 };
 
 const facts = (entries) => entries.map(([term, text]) => make("div", {}, make("dt", {}, term), make("dd", {}, text)));
@@ -44,13 +45,13 @@ function drawHeader() {
       ["Texts", known.texts_from ?? "none"],
       ["Sparse layers", asCount(DATA.layers.length)],
       ["Experts", every(({ num_experts: experts }) => asCount(experts))],
-      ["Router", every((layer) => ROUTER_TEXT[layer.router](layer))],
+      ["Router", every((layer) => ROUTER_TEXT[layer.chooser](layer))],
       ["Capacity", every(capacityText)],
     ]),
   );
   byId("dropped-note").textContent = [
-    ROUTERS.includes("top_k") ? "Dropped: the share of assignments for which an expert had no capacity. " : "",
-    ROUTERS.includes("expert_choice") ? "Taken by none: the share of tokens that no expert chose. " : "",
+    CHOOSERS.includes("tokens") ? "Dropped: the share of assignments for which an expert had no capacity. " : "",
+    CHOOSERS.includes("experts") ? "Taken by none: the share of tokens that no expert chose. " : "",
   ].join("");
   byId("few-note").textContent =
     shown < given ? `To keep this file small, ${asCount(shown)} of the ${asCount(given)} images are here, evenly spaced.` : "";
@@ -112,9 +113,9 @@ function drawAgreement() {
 // ---- experts ----
 
 const LOAD_TEXT = {
-  soft: "Load: the sum of the weights with which tokens were made of the expert's outputs.",
-  expert_choice: "Load: tokens that the expert chose, as a share of all choices; several experts may choose the same token.",
-  top_k:
+  slots: "Load: the sum of the weights with which tokens were made of the expert's outputs.",
+  experts: "Load: tokens that the expert chose, as a share of all choices; several experts may choose the same token.",
+  tokens:
     "Load: assignments that the expert had capacity for, as a share of all assignments; dropped ones stand on top in grey.",
 };
 
@@ -126,9 +127,9 @@ function expertButton(expert) {
 function drawExperts() {
   const layer = DATA.layers[state.layer];
   const modalities = Object.keys(layer.tokens);
-  const before = layer.router === "top_k" ? ", before anything is dropped" : "";
+  const before = layer.chooser === "tokens" ? ", before anything is dropped" : "";
   byId("experts-note").textContent =
-    `${LOAD_TEXT[layer.router]} Importance: the sum of the router's weights over all tokens${before}. ` +
+    `${LOAD_TEXT[layer.chooser]} Importance: the sum of the router's weights over all tokens${before}. ` +
     "Choose an expert by its number or bar.";
   const charts = modalities.flatMap((modality) => {
     const [kept, asked, importance] = [layer.kept[modality], layer.asked[modality], layer.importance[modality]];
@@ -156,7 +157,7 @@ function drawExperts() {
         return [
           column(`${noun}: load`, (expert) => kept[expert], asCount),
           column("load share", (expert) => ratio(kept[expert], allAsked), asShare, { id: `${noun} load` }),
-          ...(layer.router === "top_k" ? [column("dropped", dropped, asShare, { id: `${noun} dropped` })] : []),
+          ...(layer.chooser === "tokens" ? [column("dropped", dropped, asShare, { id: `${noun} dropped` })] : []),
           column("importance", (expert) => importance[expert], asFixed(1), { id: `${noun} importance` }),
           column("its share", (expert) => ratio(importance[expert], allImportance), asShare, { id: `${noun} its share` }),
         ];
@@ -222,7 +223,7 @@ function countRows(names, counts, numExperts, expertsFirst) {
 
 function countColumns(title) {
   const { expert } = state;
-  const noun = DATA.layers[state.layer].router === "soft" ? "sum of weights" : "assignments";
+  const noun = DATA.layers[state.layer].chooser === "slots" ? "sum of weights" : "assignments";
   const columns = [
     column(title, ({ name }) => name, String, { text: true }),
     column(noun, ({ total }) => total, asCount, { id: "total" }),
@@ -238,9 +239,9 @@ function countColumns(title) {
 }
 
 // What the sums of the tables are, as the end of a sentence.
-function countNote({ router, num_selected_experts: choices, share_dropped: dropped }, modality, token) {
-  if (router === "soft") return ": sums of the weights of the experts' outputs.";
-  if (router === "expert_choice") return `; ${token} counts once for each expert that chose it.`;
+function countNote({ chooser, num_selected_experts: choices, share_dropped: dropped }, modality, token) {
+  if (chooser === "slots") return ": sums of the weights of the experts' outputs.";
+  if (chooser === "experts") return `; ${token} counts once for each expert that chose it.`;
   const each = choices > 1 ? `; ${token} asks for ${choices} experts, and counts for each that had capacity.` : ".";
   return each + (dropped[modality] > 0 ? ` Dropped assignments (${asShare(dropped[modality])}) are not counted.` : "");
 }
@@ -265,7 +266,7 @@ function drawClasses() {
     const some = `${drawnRows.length} of ${asCount(seen.length)} classes`;
     note.textContent += `The map shows the ${some} with the largest share in ${where}; the table has all.`;
   } else {
-    const partly = layer.share_dropped.image > 0 && layer.router === "top_k" ? " of what was not dropped" : "";
+    const partly = layer.share_dropped.image > 0 && layer.chooser === "tokens" ? " of what was not dropped" : "";
     note.textContent += `A row of the map adds up to 100%${partly}.`;
   }
   const experts = range(layer.num_experts);
@@ -308,26 +309,26 @@ function drawTokens() {
 // ---- choosing ----
 
 const MAP_TEXT = {
-  top_k:
+  tokens:
     "Each patch has the colour and number of the first chosen expert that had capacity for it; hatched grey patches were " +
     "dropped by all that they chose.",
-  expert_choice:
+  experts:
     "Each patch has the colour and number of the expert that chose it with the largest weight; hatched grey patches were " +
     "chosen by none.",
-  soft: "Each patch has the colour and number of the expert with the largest weight in its output.",
+  slots: "Each patch has the colour and number of the expert with the largest weight in its output.",
 };
 
 function drawLegend() {
-  const { router, num_experts: numExperts } = DATA.layers[state.layer];
-  byId("map-note").textContent = MAP_TEXT[router];
+  const { chooser, num_experts: numExperts } = DATA.layers[state.layer];
+  byId("map-note").textContent = MAP_TEXT[chooser];
   const buttons = range(numExperts).map((expert) => {
     const pressed = { "aria-pressed": String(state.expert === expert), "data-expert": expert };
     const name = make("span", { class: numExperts > 16 ? "unseen" : null }, `expert ${expert}`);
     return make("button", { type: "button", ...pressed, onclick: () => toggleExpert(expert) }, tag(expert), name);
   });
   const swatch = make("span", { class: "hatch", style: { backgroundImage: `url(${hatch(1).toDataURL()})` } });
-  const none = make("span", { class: "dropped" }, swatch, router === "top_k" ? "dropped" : "taken by none");
-  byId("legend").replaceChildren(...buttons, ...(router === "soft" ? [] : [none]));
+  const none = make("span", { class: "dropped" }, swatch, chooser === "tokens" ? "dropped" : "taken by none");
+  byId("legend").replaceChildren(...buttons, ...(chooser === "slots" ? [] : [none]));
 }
 
 function choose({ layer = state.layer, expert = state.expert }) {

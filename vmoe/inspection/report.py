@@ -134,9 +134,10 @@ def _mistake(sample: SampleRouting) -> float | None:
 
 def _layer_data(layer: LayerStatistics, num_typical: int) -> dict[str, Any]:
     by_frequency = sorted(layer.expert_token.items(), key=lambda item: (-float(item[1].sum()), item[0]))
-    listed = by_frequency[:MAX_TEXT_TOKENS]
+    listed, router = by_frequency[:MAX_TEXT_TOKENS], ROUTERS[layer.router]
     return {
         **layer.settings,
+        "chooser": "slots" if router.soft else "tokens" if router.per_token else "experts",
         **{name: {modality: _numbers(value) for modality, value in getattr(layer, name).items()} for name in MEASURES},
         "expert_class": None if layer.expert_class is None else _packed(layer.expert_class),
         "text_tokens": [token for token, _ in listed],

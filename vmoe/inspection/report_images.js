@@ -37,10 +37,10 @@ const tookIt = (choices, expert) => choices.some((choice) => choice.kept && choi
 
 // Lines of the tooltip of a token.
 function linesOf(choices) {
-  const { router, num_selected_experts: all } = DATA.layers[state.layer];
+  const { chooser, num_selected_experts: all } = DATA.layers[state.layer];
   const fate = (kept) => (kept ? "" : ", dropped: no capacity");
   const lines = choices.map(({ expert, weight, kept }) => [expert, `weight ${asWeight(weight)}${fate(kept)}`]);
-  if (router === "top_k") return lines;
+  if (chooser === "tokens") return lines;
   const taken = lines.filter((_, index) => choices[index].kept);
   if (!taken.length) return [[null, "taken by no expert"]];
   const more = taken.length === choices.length && choices.length < all;
