@@ -26,6 +26,7 @@ from vmoe.evaluation.metrics import ranks, top_shares
 from vmoe.evaluation.synchronized import Rows
 from vmoe.models.flops import forward_flops
 from vmoe.moe import SparseMoE
+from vmoe.moe.layer import routers_where
 from vmoe.moe.record import LayerRouting, record_routing
 from vmoe.utils.config import ConfigError
 from vmoe.utils.world import world
@@ -82,7 +83,7 @@ def sparse_image_layers(model: nn.Module, score: Score, images: Tensor, source: 
     routers = {layer.router_type for layer in layers.values()}
     if len(routers) != 1 or any(layer.soft for layer in layers.values()):  # soft routing drops nothing
         found = f"router {' and '.join(sorted(routers))}" if routers else "none (a dense model)"
-        needed = "task 'capacity' needs experts that images go through, with router='top_k' or 'expert_choice'"
+        needed = f"task 'capacity' needs experts that images go through, with {routers_where('soft', False)}"
         raise ConfigError(f"{needed}, and {source} has {found}")
     return layers
 

@@ -17,6 +17,7 @@ from vmoe.models.naflex import pass_padding_on
 from vmoe.moe import SparseMoE
 from vmoe.moe.backends.reference import activate
 from vmoe.moe.experts import Experts
+from vmoe.moe.layer import routers_where
 
 STEPS = 100  # of k-means at most; it mostly ends by itself before
 TOKENS = 16384  # compared at a time
@@ -110,7 +111,8 @@ class Clusters:
     def specialise(self, layer: SparseMoE, name: str, granularity: int) -> None:
         """Gives a layer of copies the router and the experts of its clusters."""
         if not layer.per_token or layer.settings.gate == "cosine":
-            raise ValueError("calibration needs router='top_k' and a linear gate: its rows are the clusters' centroids")
+            needed = f"{routers_where('per_token', True)} and a linear gate"
+            raise ValueError(f"calibration needs {needed}: its rows are the clusters' centroids")
         x_ND = self.inputs[name].float()
         seen_ND = torch.stack([x.mean(0) for x in x_ND.split(self.sizes[name])]) if layer.settings.per_image else x_ND
         try:

@@ -28,7 +28,7 @@ from vmoe.models.vision import VisionMoE, sparse_blocks, without_decay, without_
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import SETTING_NAMES, with_preset
 from vmoe.moe.experts import refuse_adapters
-from vmoe.moe.layer import ROUTERS
+from vmoe.moe.layer import ROUTERS, routers_where
 from vmoe.moe.record import unwrap
 from vmoe.utils.meta import meta_device
 
@@ -185,7 +185,7 @@ def _routing_settings(user: dict, G: int, num_models: int) -> dict:
         settings.pop("expert_mlp", None)  # the dense model decides, not a preset
     per_token = ROUTERS[settings["router"]].per_token
     if G > 1 and not per_token:
-        raise ValueError(f"granularity={G} needs router='top_k', not {settings['router']!r}")
+        raise ValueError(f"granularity={G} needs {routers_where('per_token', True)}, not {settings['router']!r}")
     for name, number in (("num_experts", num_models), ("num_selected_experts", 1)):
         if number * G > 1 and (not isinstance(settings[name], int) or settings[name] % (number * G)):
             parts = [f"granularity ({G})"] * (G > 1) + [f"the number of models ({number})"] * (number > 1)

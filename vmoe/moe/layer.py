@@ -25,6 +25,13 @@ from vmoe.moe.soft import SoftRouter
 from vmoe.moe.top_k import TopKRouter
 
 ROUTERS = {"top_k": TopKRouter, "expert_choice": ExpertChoiceRouter, "soft": SoftRouter}
+
+
+def routers_where(trait: str, value: bool) -> str:
+    """The routers with a value of `per_token` or `soft`, for messages, such as "router='top_k' or 'expert_choice'"."""
+    return f"router={' or '.join(repr(name) for name, router in ROUTERS.items() if getattr(router, trait) == value)}"
+
+
 # Settings that may be changed on a layer at any time; the others are built into its parts.
 CHANGEABLE = ("capacity", "capacity_factor", "eval_capacity_factor", "capacity_rounding", "capacity_multiple_of")
 CHANGEABLE += ("batch_priority", "group_size", "auxiliary_loss")

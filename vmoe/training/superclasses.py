@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vmoe.evaluation.class_names import check_same_classes
 from vmoe.moe import LayerRouting, RoutingRecord, SparseMoE
+from vmoe.moe.layer import routers_where
 from vmoe.training.config import SuperclassConfig
 from vmoe.utils.config import ConfigError
 from vmoe.utils.files import parse_json, read_text
@@ -102,7 +103,8 @@ class SuperclassLoss:
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseMoE)}
         sizes = {layer.num_experts // layer.ensemble_size for layer in layers.values()}
         if len(sizes) != 1 or not all(layer.per_token for layer in layers.values()):
-            raise ConfigError(f"{SOURCE} needs sparse layers with router='top_k' and one number of experts")
+            needed = f"{routers_where('per_token', True)} and one number of experts"
+            raise ConfigError(f"{SOURCE} needs sparse layers with {needed}")
         self.of_class = read_superclasses(settings.source, classes, sizes.pop())
 
     def describe(self) -> str:
