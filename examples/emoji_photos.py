@@ -1,9 +1,17 @@
-"""Photos for the examples where you give none: emoji in folders, one for each class (extra `demo`, no download)."""
+"""The photos of the examples: yours, or emoji in folders, one for each class (extra `demo`, no download)."""
 
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 from vmoe.data import SourceConfig, build_dataset
 from vmoe.utils.files import atomic_file
+
+
+def photo_folder(path: str) -> Path:
+    """The value of --photos; an error of the parser unless it is a folder with a folder for each class."""
+    if not any(each.is_dir() for each in Path(path).glob("*")):
+        raise ArgumentTypeError(f"{path} must be a folder with a folder of photos for each class")
+    return Path(path)
 
 
 def emoji_photos(folder: str | Path, per_class: int = 60) -> Path:

@@ -9,14 +9,14 @@ import argparse
 
 import timm
 import torch
-from emoji_photos import emoji_photos
+from emoji_photos import emoji_photos, photo_folder
 from torch.utils.data import DataLoader, random_split
 from torchvision.datasets import ImageFolder
 
 import vmoe
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--photos", help="folder with a folder for each class")
+parser.add_argument("--photos", type=photo_folder, help="folder with a folder for each class")
 parser.add_argument("--model", default="vmoe_tiny_patch8_48", help="a sparse model, see vmoe-list-models")
 parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--per_class", type=int, default=60, help="emoji of each class")

@@ -8,7 +8,7 @@ Without a checkpoint it trains a small V-MoE on emoji first. `vmoe-inspect` writ
 import argparse
 
 import torch
-from emoji_photos import emoji_photos
+from emoji_photos import emoji_photos, photo_folder
 
 import vmoe
 from vmoe.cli.train import main as train
@@ -18,7 +18,7 @@ from vmoe.inspection.maps import example_figure
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--checkpoint", help="folder of a run, or a .safetensors file: a sparse model")
-parser.add_argument("--photos", help="folder with a folder for each class; without it: emoji")
+parser.add_argument("--photos", type=photo_folder, help="folder with a folder for each class; without it: emoji")
 parser.add_argument("--per_class", type=int, default=60, help="emoji of each class")
 parser.add_argument("--steps", type=int, default=100, help="of the training")
 parser.add_argument("--output", default="runs/example_vmoe")

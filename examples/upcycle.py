@@ -10,7 +10,7 @@ import copy
 
 import timm
 import torch
-from emoji_photos import emoji_photos
+from emoji_photos import emoji_photos, photo_folder
 from torch.utils.data import DataLoader, random_split
 from torchvision.datasets import ImageFolder
 
@@ -18,7 +18,7 @@ import vmoe
 from vmoe.models.flops import model_profile
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--photos", help="folder with a folder for each class; without it: emoji")
+parser.add_argument("--photos", type=photo_folder, help="folder with a folder for each class; without it: emoji")
 parser.add_argument("--model", default="test_vit", help="any ViT of timm")
 parser.add_argument("--pretrained", action="store_true", help="with timm's weights")
 parser.add_argument("--image_size", type=int, default=48)

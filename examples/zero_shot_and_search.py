@@ -18,9 +18,18 @@ from vmoe.evaluation.embeddings import embed_images
 from vmoe.evaluation.loaded_model import load_model
 from vmoe.evaluation.search import SearchIndex
 
+
+def photos(path: str) -> list[str]:
+    """The images in a folder; an error of the parser if there are none."""
+    try:
+        return [str(file) for file in find_images([path])]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--checkpoint", help="folder of a run, or a .safetensors file")
-parser.add_argument("--photos", help="folder of images")
+parser.add_argument("--photos", type=photos, help="folder of images")
 parser.add_argument("--labels", default="woman surfing,man biking,family,flag", help="separated by commas")
 parser.add_argument("--search", default="woman biking dark skin tone")
 parser.add_argument("--steps", type=int, default=300, help="of the training")
@@ -36,7 +45,7 @@ loaded = load_model(args.checkpoint or args.output)
 
 # 2. Images: your photos, or emoji.
 if args.photos is not None:
-    dataset = ImageFiles(".", [str(file) for file in find_images([args.photos])])
+    dataset = ImageFiles(".", args.photos)
 else:
     dataset = build_dataset(SourceConfig("emoji", split="held_out"))
 

@@ -74,6 +74,13 @@ def test_one_photo_is_an_error(run, few_photos, example):
         run(example, "--photos", few_photos(1))
 
 
+@pytest.mark.parametrize("example", ["own_photos", "upcycle", "read_routing", "zero_shot_and_search"])
+def test_a_missing_folder_of_photos_is_one_sentence(run, capsys, example):
+    with pytest.raises(SystemExit):
+        run(example, "--photos", "nowhere")
+    assert re.search(r"error: argument --photos: nowhere.*folder.*\n$", capsys.readouterr().err)
+
+
 def test_emoji_photos_are_completed(run, tmp_path, monkeypatch):
     emoji_photos = runpy.run_path(str(EXAMPLES / "emoji_photos.py"))["emoji_photos"]
     emoji = build_dataset(SourceConfig("emoji_groups", split="train", image_size=64))
