@@ -91,7 +91,8 @@ def test_a_stopped_command_continues_with_the_same_result(loaded, dataset, index
     parts = tmp_path / "stopped.npz.parts"
     assert parts.exists() == (on > 3)
     if parts.exists():
-        (parts / ".00000001.f00.npz").write_text("left by a kill")
+        name = next(parts.iterdir()).stem
+        (parts / f".{name}.f00.npz").write_text("left by a kill")
     embed_images(loaded, dataset, file, LOADER)
     assert len(calls) == on + 1 + 10 - on // 3 * 3  # 10 batches in all; finished parts are not made again
     assert not parts.exists()
@@ -103,23 +104,21 @@ def test_a_stopped_command_continues_with_the_same_result(loaded, dataset, index
 def test_parts_of_another_model_are_not_used(loaded, dataset, index_file, tmp_path, caplog):
     parts = tmp_path / "again.npz.parts"
     parts.mkdir()
-    (parts / "key.txt").write_text("vmoe embeddings 2 of another model")
-    (parts / "00000000.npz").write_text("")
+    (parts / "0123456789abcdef-00000000.npz").write_text("")
     embed_images(loaded, dataset, tmp_path / "again.npz", LOADER)
-    assert "holds parts of another model" in caplog.text
+    assert "held parts of another model" in caplog.text
     np.testing.assert_array_equal(
         read_embeddings(index_file).embeddings_ND, read_embeddings(tmp_path / "again.npz").embeddings_ND
     )
 
 
 @pytest.mark.parametrize(
-    ("key", "other"),
-    [(None, "thesis.doc"), (None, "00000000.npz"), ("my passwords", None), ("vmoe embeddings 2 x", "thesis.doc")],
+    "names", [["thesis.doc"], ["00000000.npz"], ["0123456789abcdef-00000000.npz", "thesis.doc"]], ids=str
 )
-def test_other_files_where_parts_would_be_are_kept(loaded, dataset, tmp_path, key, other):
+def test_other_files_where_parts_would_be_are_kept(loaded, dataset, tmp_path, names):
     parts = tmp_path / "x.npz.parts"
     parts.mkdir()
-    content = {name: text for name, text in (("key.txt", key), (other, "mine")) if name and text}
+    content = dict.fromkeys(names, "mine")
     for name, text in content.items():
         (parts / name).write_text(text)
     with pytest.raises(ConfigError, match="holds something else: move it away, or give another output"):

@@ -11,7 +11,9 @@ import logging
 import math
 import os
 import re
+from bisect import bisect_left
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -19,6 +21,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch.nn.functional as F
 from rich.console import Console
+from torch import Tensor
 
 from vmoe.data import ImageDataset, LoaderConfig, eval_loader
 from vmoe.evaluation.features import features_key, image_features
@@ -28,14 +31,14 @@ from vmoe.evaluation.loaded_model import LoadedModel, weights_fingerprint
 from vmoe.evaluation.results_file import Progress, library_versions
 from vmoe.models.spec import model_spec
 from vmoe.utils.config import ConfigError
-from vmoe.utils.files import atomic_file, read_text
+from vmoe.utils.files import atomic_file
 
 logger = logging.getLogger("vmoe.evaluation")
 
 PART_IMAGES = 1024  # what a stopped command does again at most
 FORMAT = "vmoe embeddings 2"
-# Those that start with a dot are left by a kill.
-NAMES_OF_PARTS = re.compile(r"key\.txt|\d{8}\.npz|\.(key\.\w+\.txt|\d{8}\.\w+\.npz)")
+# Key and number of a part; those that start with a dot are left by a kill.
+PART = re.compile(r"\.?([0-9a-f]{16})-\d{8}(\.\w+)?\.npz")
 
 
 class Embeddings(NamedTuple):
@@ -64,24 +67,21 @@ def embed_images(
         ConfigError: `output` has another ending or cannot be written; pyarrow is missing.
         ValueError: no image can be read, or embeddings are not finite in float16.
     """
-    output = check_target(output)
-    parts = _parts_of(output)
-    new_folders = [folder for folder in output.absolute().parents if not folder.exists()]
-    size = _part_size(loader_config)
-    key = f"{features_key(loaded, dataset, loader_config)}{size}"
-    note = f"{FORMAT} {hashlib.sha256(key.encode()).hexdigest()}"
-    _remove_parts_of_others(parts, note)
+    output = Path(output)
+    check_new_index(output)
+    parts = output.with_name(f"{output.name}.parts")
+    _check_parts(parts, output)
+    size = math.ceil(PART_IMAGES / loader_config.batch_size) * loader_config.batch_size  # whole batches
+    facts = f"{FORMAT}{features_key(loaded, dataset, loader_config)}{size}"
+    key = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    if _remove(parts, but=key):
+        logger.warning("%s held parts of another model, other data or other settings: they are removed", parts)
     indices = _one_per_image(dataset)
-    files = [parts / f"{part:08}.npz" for part in range(math.ceil(len(indices) / size))]
-    _make_parts(loaded, dataset, loader_config, indices, files, note, console or Console(quiet=True))
-    found = [part for part in map(_load, files) if len(part["index"])]
+    _make_parts(loaded, dataset, loader_config, indices, size, parts, key, console or Console(quiet=True))
+    found = [_load(file) for file in sorted(parts.glob(f"{key}-*.npz"))]
     if not found:
-        _remove(parts)
-        with suppress(OSError):
-            for folder in new_folders:
-                folder.rmdir()
         raise ValueError(f"none of the {len(indices)} images can be read; the first is {_name(dataset, indices[0])}")
-    columns = {name: np.concatenate([part[name] for part in found]) for name in ("embeddings", "index", "label")}
+    columns = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     index_N = columns["index"].tolist()
     skipped = sorted(set(indices).difference(index_N))
     result = Embeddings(
@@ -126,56 +126,25 @@ def _one_per_image(dataset: ImageDataset) -> list[int]:
     return sorted(of_image[0] for of_image in samples.values())
 
 
-def check_target(output: str | Path) -> Path:
-    """The file to write, nothing is made; ConfigError: it has another ending or cannot be written; its folder of parts
-    holds something else; pyarrow is missing."""
-    output = Path(output)
-    check_new_index(output)
-    if os.path.lexists(parts := _parts_of(output)) and not _holds_only_parts(parts):
-        problem = "is where unfinished embeddings are kept, and holds something else"
-        raise ConfigError(f"{parts} {problem}: move it away, or give another output than {output}")
-    return output
-
-
 # --- the parts ---
 
 
-def _part_size(loader_config: LoaderConfig) -> int:
-    """Images in a part: whole batches."""
-    return math.ceil(PART_IMAGES / loader_config.batch_size) * loader_config.batch_size
+def _check_parts(parts: Path, output: Path) -> None:
+    """ConfigError unless this module made all that is where the parts go."""
+    if os.path.lexists(parts) and not (parts.is_dir() and all(map(PART.fullmatch, os.listdir(parts)))):
+        problem = "is where unfinished embeddings are kept, and holds something else"
+        raise ConfigError(f"{parts} {problem}: move it away, or give another output than {output}")
 
 
-def _parts_of(output: Path) -> Path:
-    return output.with_name(f"{output.name}.parts")
-
-
-def _holds_only_parts(parts: Path) -> bool:
-    """Whether this module made all that a folder holds."""
-    if not parts.is_dir():
-        return False
-    files, note = list(parts.iterdir()), parts / "key.txt"
-    if not all(file.is_file() and NAMES_OF_PARTS.fullmatch(file.name) for file in files):
-        return False
-    if note not in files:  # a kill came before it
-        return all(file.name.startswith(".key.") for file in files)
-    with suppress(OSError, ValueError):
-        return read_text(note).startswith("vmoe embeddings ")
-    return False
-
-
-def _remove_parts_of_others(parts: Path, note: str) -> None:
-    """Removes parts of another model, other data or settings, with a warning; `note` says which are expected."""
-    if (parts / "key.txt").exists() and read_text(parts / "key.txt") != note:
-        logger.warning("%s holds parts of another model, other data or other settings: they are removed", parts)
-        _remove(parts)
-
-
-def _remove(parts: Path) -> None:
-    """Removes the parts, and their folder unless something else came into it."""
-    for file in [file for file in parts.iterdir() if NAMES_OF_PARTS.fullmatch(file.name)]:
+def _remove(parts: Path, but: str | None = None) -> bool:
+    """Removes the parts, but those of a key, and their folder if nothing else is in it; whether there were any."""
+    names = {file: PART.fullmatch(file.name) for file in parts.glob("*")}
+    files = [file for file, name in names.items() if name and name[1] != but]
+    for file in files:
         file.unlink()
     with suppress(OSError):
         parts.rmdir()
+    return bool(files)
 
 
 def _make_parts(
@@ -183,45 +152,39 @@ def _make_parts(
     dataset: ImageDataset,
     loader_config: LoaderConfig,
     indices: list[int],
-    files: list[Path],
-    note: str,
+    size: int,
+    parts: Path,
+    key: str,
     console: Console,
 ) -> None:
-    """Writes the parts that are missing; all but the last have equally many indices."""
-    part = next((number for number, file in enumerate(files) if not file.is_file()), len(files))
-    if part == len(files):
+    """Writes the parts that follow the last one, each of `size` indices; none of a part without a readable image."""
+    done = sorted(parts.glob(f"{key}-*.npz"))
+    start = size * (int(done[-1].stem.rpartition("-")[2]) + 1) if done else 0
+    if start >= len(indices):
         return
-    size = _part_size(loader_config)
-    if part:
-        console.print(f"continues after {part * size} of {len(indices)} images", style="dim", highlight=False)
-    loader = eval_loader(dataset, loaded.transform, None, loader_config, indices=indices[part * size :])
-    next_starts = indices[size::size]
-    rows: list[tuple] = []
+    if start:
+        console.print(f"continues after {start} of {len(indices)} images", style="dim", highlight=False)
+    loader = eval_loader(dataset, loaded.transform, None, loader_config, indices=indices[start:])
+
+    def part_of(batch: dict[str, Tensor]) -> int:
+        return bisect_left(indices, batch["index"][0].item()) // size
+
     with evaluating(loaded.model, loaded.device, loaded.precision):
-        for batch in Progress(loader, "embeddings", console):
-            while part < len(next_starts) and batch["index"][0] >= next_starts[part]:
-                _write_part(files[part], rows, note)
-                rows, part = [], part + 1
-            features_BD = image_features(loaded.model, batch["image"].to(loaded.device)).float()
-            features_BD = F.normalize(features_BD, dim=1).half().cpu()
-            if not features_BD.isfinite().all():
-                raise ValueError("embeddings of a batch are not finite in float16: try precision float32")
-            rows.append((features_BD.numpy(), batch["index"].numpy(), batch.get("label", batch["index"]).numpy()))
-    for file in files[part:]:
-        _write_part(file, rows, note)
-        rows = []
+        for part, batches in groupby(Progress(loader, "embeddings", console), part_of):
+            rows = [_embed(loaded, batch) for batch in batches]
+            parts.mkdir(parents=True, exist_ok=True)
+            with atomic_file(parts / f"{key}-{part:08}.npz") as draft:
+                np.savez(draft, **{name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
 
 
-def _write_part(file: Path, rows: list[tuple], note: str) -> None:
-    empty = (np.empty((0, 0), np.float16), np.empty(0, np.int64), np.empty(0, np.int64))
-    embeddings, index, label = map(np.concatenate, zip(*rows)) if rows else empty
-    key_file = file.with_name("key.txt")
-    if not key_file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(key_file) as draft:
-            draft.write_text(note, encoding="utf-8")
-    with atomic_file(file) as draft, open(draft, "wb") as stream:
-        np.savez(stream, embeddings=embeddings, index=index, label=label)
+def _embed(loaded: LoadedModel, batch: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """The columns of a part for a batch."""
+    features_BD = image_features(loaded.model, batch["image"].to(loaded.device)).float()
+    features_BD = F.normalize(features_BD, dim=1).half().cpu()
+    if not features_BD.isfinite().all():
+        raise ValueError("embeddings of a batch are not finite in float16: try precision float32")
+    others = {name: batch[name].numpy() for name in ("index", "label") if name in batch}
+    return {"embeddings": features_BD.numpy(), **others}
 
 
 # --- the file ---
