@@ -186,27 +186,26 @@ class EvaluationConfig:
             raise ConfigError("loader.on_bad must be 'fail' or 'skip' in an evaluation, got 'replace'")
         if not self.checkpoints or len(set(self.checkpoints)) < len(self.checkpoints):
             raise ConfigError(f"checkpoint must name at least one checkpoint and none twice, got {self.checkpoint}")
-        named, defaults = ("zero_shot", "capacity", "adversarial"), {"features": FeatureConfig()}
-        defaults |= {"capacity": CapacityConfig(), "adversarial": AdversarialConfig()}
-        tasks_of = {"class_names": named, "templates": named, "features": FEATURE_TASKS}
-        tasks_of |= {name: (name,) for name in ("capacity", "adversarial")}
-        for name, tasks in tasks_of.items():
-            if getattr(self, name) != defaults.get(name) and self.task not in tasks:
+        if self.ood_data.type is None and self.ood_data != SourceConfig():
+            raise ConfigError("ood_data needs a type: set ood_data.type, such as image_folder")
+        named, classified = ("zero_shot", "capacity", "adversarial"), ("classification",)
+        for name, given, tasks in (
+            ("class_names", self.class_names is not None, named),
+            ("templates", self.templates is not None, named),
+            ("features", self.features != FeatureConfig(), FEATURE_TASKS),
+            ("train_data", self.train_data.type is not None, FEATURE_TASKS),
+            ("capacity", self.capacity != CapacityConfig(), ("capacity",)),
+            ("adversarial", self.adversarial != AdversarialConfig(), ("adversarial",)),
+            ("loader.naflex", self.loader.naflex is not None, classified),
+            ("ensemble", self.ensemble, classified),
+            ("ood_data", self.ood_data.type is not None, classified),
+        ):
+            if given and self.task not in tasks:
                 raise ConfigError(f"{name} is for task {', '.join(tasks)}, and task is {self.task!r}; leave it out")
-        if self.task not in FEATURE_TASKS and self.train_data.type is not None:
-            raise ConfigError(f"train_data is for task {', '.join(FEATURE_TASKS)}, and task is {self.task!r}")
         if self.task in FEATURE_TASKS and self.train_data.type is None:
             raise ConfigError(f"task {self.task!r} needs train_data: say what the classifier on features learns from")
         if self.task in FEATURE_TASKS and self.train_data == self.data:
             raise ConfigError("train_data and data are the same: test a classifier on data that it did not learn from")
-
-        if self.loader.naflex is not None and self.task != "classification":
-            raise ConfigError(f"loader.naflex is for task 'classification', and task is {self.task!r}; leave it out")
-        if self.ood_data.type is None and self.ood_data != SourceConfig():
-            raise ConfigError("ood_data needs a type: set ood_data.type, such as image_folder")
-        if self.task != "classification" and (self.ensemble or self.ood_data.type is not None):
-            name = "ensemble" if self.ensemble else "ood_data"
-            raise ConfigError(f"{name} is for task classification, and task is {self.task!r}; leave it out")
         if self.ensemble and len(self.checkpoints) < 2:
             raise ConfigError(f"ensemble needs several checkpoints, got {self.checkpoint}; leave it out")
         if self.task == "adversarial" and self.precision == "fp16":
