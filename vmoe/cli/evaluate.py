@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from vmoe.data import ImageDataset
     from vmoe.evaluation.results_file import Outcome
 
-CLASS_FILES = ("_per_class.csv", "_confusion.csv", "_confusion.png")
-TABLES = dict.fromkeys(("classification", "zero_shot"), (*CLASS_FILES, "_samples.csv"))
-TABLES["adversarial"] = ("_samples.csv",)
+# Of the tables that belong to a given output.
+CLASS_FILES = ("_per_class.csv", "_confusion.csv", "_confusion.png", "_samples.csv")
+TABLES = {"classification": CLASS_FILES, "zero_shot": CLASS_FILES, "adversarial": CLASS_FILES[-1:]}
 
 
 @safe_output()
@@ -61,8 +61,8 @@ def run(config: EvaluationConfig, console: Console | None = None) -> dict[str, A
 
 def _run(config: EvaluationConfig, console: Console | None) -> dict[str, Any]:
     from vmoe.data import build_dataset
+    from vmoe.evaluation import results_file
     from vmoe.evaluation.loaded_model import load_model, trained_on_turned
-    from vmoe.evaluation.results_file import library_versions, mean_and_spread, print_table
     from vmoe.evaluation.tasks import check_task
     from vmoe.models.factory import find_weights
     from vmoe.utils.world import world
@@ -72,7 +72,11 @@ def _run(config: EvaluationConfig, console: Console | None) -> dict[str, Any]:
     # Finds wrong names before anything is read, and warns of damaged checkpoints once.
     weights = {checkpoint: find_weights(checkpoint) for checkpoint in config.checkpoints}
     config = as_trained(config, [trained_on_turned(file) for file in weights.values()])
-    _check_output(config, rank)
+    target = results_file.output_file(config)
+    if results_file.checkpoint_around(target.parent) is not None:
+        raise ConfigError(f"output {target} lies in a checkpoint, which another file would damage: give another file")
+    if rank == 0:
+        _check_files(config, target)
     dataset = build_dataset(config.data)
     for checkpoint in config.checkpoints[1:]:  # a wrong one is found before the first is evaluated
         loaded = load_model(
@@ -82,59 +86,44 @@ def _run(config: EvaluationConfig, console: Console | None) -> dict[str, Any]:
     start = time.perf_counter()
     together = [weights] if config.ensemble else [{checkpoint: file} for checkpoint, file in weights.items()]
     entries, outcomes = zip(*(evaluate_checkpoint(config, each, dataset, console) for each in together))
-    results, spread = mean_and_spread([entry["results"] for entry in entries])
+    results, spread = results_file.mean_and_spread([entry["results"] for entry in entries])
     # First: the metrics are shown even if the file cannot be written.
-    print_table(f"{config.task} of {', '.join(config.checkpoints)}", results, spread, console)
+    results_file.print_table(f"{config.task} of {', '.join(config.checkpoints)}", results, spread, console)
     report = {"task": config.task, "results": results, **({"spread": spread} if spread else {})}
     report["checkpoints"] = [*entries]
     if rank == 0:
         with console.status("fingerprint of the data"):  # reads the ends of every file
             data = {"fingerprint": dataset.fingerprint(), "num_samples": len(dataset)}
         report["data"] = data | ({"left_out": dataset.left_out} if dataset.left_out else {})
-    report |= {"config": dataclasses.asdict(config), "versions": library_versions(), "processes": num_processes}
-    report["seconds"] = round(time.perf_counter() - start, 3)
+    report |= {"config": dataclasses.asdict(config), "versions": results_file.library_versions()}
+    report |= {"processes": num_processes, "seconds": round(time.perf_counter() - start, 3)}
     if rank == 0:
         saved = f"results saved to {', '.join(map(str, _write(config, report, outcomes, dataset)))}"
         console.print(saved, style="dim", highlight=False, markup=False, soft_wrap=True)
     return report
 
 
-def _check_output(config: EvaluationConfig, rank: int) -> None:
-    """ConfigError: the results cannot be written, or would damage a checkpoint."""
-    from vmoe.evaluation.results_file import checkpoint_around, output_file
-
-    target = output_file(config)
-    if checkpoint_around(target.parent) is not None:
-        raise ConfigError(f"output {target} lies in a checkpoint, which another file would damage: give another file")
-    if rank == 0:
-        _check_files(config, target)
-
-
 def _check_files(config: EvaluationConfig, target: Path) -> None:
     """ConfigError: the JSON file, or one that belongs to it, cannot be written, or a file of another kind is there."""
     if target.suffix != ".json" and target.is_file():
         raise ConfigError(f"output {target} is there and no .json file: give another file, as in --output result.json")
-    for file in (target, *itertools.chain(*_tables(config, target)), *_figures(config, target)):
+    for file in (target, *itertools.chain(*_other_files(config, target))):
         if not can_write(file):
             of = "" if file == target else f": {file}, which belongs to it,"
             raise ConfigError(f"output {target}{of} cannot be written: give another file, as in --output result.json")
 
 
-def _tables(config: EvaluationConfig, target: Path) -> list[list[Path]]:
-    """The tables that belong to a given output, of each checkpoint; those of several have numbers."""
+def _other_files(config: EvaluationConfig, target: Path) -> list[list[Path]]:
+    """What belongs to the JSON file, of each of its entries: the tables of a given output, or the plot of one sweep.
+
+    Their names begin with its name without ".json"; those of several checkpoints have numbers.
+    """
     count = 1 if config.ensemble else len(config.checkpoints)
     endings = TABLES.get(config.task, ()) if config.output is not None else ()
-    numbers = [f"_{number}" for number in range(1, count + 1)] if count > 1 else [""]
-    return [[_beside(target, number + ending) for ending in endings] for number in numbers if endings]
-
-
-def _figures(config: EvaluationConfig, target: Path) -> list[Path]:
-    return [_beside(target, ".png")] if config.task == "capacity" and len(config.checkpoints) == 1 else []
-
-
-def _beside(target: Path, ending: str) -> Path:
-    """A file that belongs to a JSON file, whose name begins with its name without ".json"."""
-    return target.parent / (target.name.removesuffix(".json") + ending)
+    if config.task == "capacity" and count == 1:
+        endings = (".png",)
+    starts = [target.name.removesuffix(".json") + (f"_{number + 1}" if count > 1 else "") for number in range(count)]
+    return [[target.parent / (start + ending) for ending in endings] for start in starts]
 
 
 def _write(
@@ -148,13 +137,15 @@ def _write(
     target, entries = output_file(config), report["checkpoints"]  # another evaluation may have written meanwhile
     write_json(report, target)
     files = [target]
-    for entry, outcome, (*of_classes, of_samples) in zip(entries, outcomes, _tables(config, target)):
-        if outcome.confusion_CC is not None:
-            files += write_class_files(of_classes, entry["details"]["per_class"], outcome.confusion_CC)
-        files.append(write_samples(of_samples, outcome.samples, dataset.name_of))
-    for figure in _figures(config, target):
-        files.append(figure)
-        draw_sweep(entries[0]["details"]["points"], figure)
+    for entry, outcome, own in zip(entries, outcomes, _other_files(config, target), strict=True):
+        if config.task == "capacity" and own:
+            draw_sweep(entry["details"]["points"], *own)
+            files += own
+        elif own:
+            *of_classes, of_samples = own
+            if outcome.confusion_CC is not None:
+                files += write_class_files(of_classes, entry["details"]["per_class"], outcome.confusion_CC)
+            files.append(write_samples(of_samples, outcome.samples, dataset.name_of))
     return files
 
 
