@@ -10,11 +10,11 @@ from vmoe.cli import embed, search
 from vmoe.data import LoaderConfig, SourceConfig, build_dataset
 from vmoe.evaluation import embeddings as module
 from vmoe.evaluation.embeddings import Embeddings, embed_images, read_embeddings, write_embeddings
-from vmoe.evaluation.index_paths import INDEX_ENDINGS
 from vmoe.evaluation.loaded_model import load_model
 from vmoe.evaluation.search import SearchIndex
 from vmoe.models.factory import save_pretrained
 from vmoe.utils.config import ConfigError
+from vmoe.utils.paths import INDEX_ENDINGS
 
 NUM_IMAGES = 30
 LOADER = LoaderConfig(batch_size=3, num_workers=0, on_bad="skip")

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vmoe.cli.command import exit_code
-from vmoe.evaluation.index_paths import check_index
 from vmoe.utils.config import ConfigError, check_types, parse_config
 from vmoe.utils.optional import import_optional
-from vmoe.utils.paths import check_checkpoint
+from vmoe.utils.paths import check_checkpoint, check_index
 from vmoe.utils.printable import safe_output
 
 

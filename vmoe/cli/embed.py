@@ -9,9 +9,8 @@ from typing import Literal
 from vmoe.cli.command import exit_code
 from vmoe.data.config import LoaderConfig, SourceConfig
 from vmoe.data.images import Reading, find_images
-from vmoe.evaluation.index_paths import check_new_index
 from vmoe.utils.config import ConfigError, check_types, parse_config
-from vmoe.utils.paths import check_checkpoint
+from vmoe.utils.paths import check_checkpoint, check_new_index
 from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import make_console
 

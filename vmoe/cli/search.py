@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 from vmoe.cli.command import exit_code
 from vmoe.data.images import BadSample
-from vmoe.evaluation.index_paths import check_index
 from vmoe.utils.config import ConfigError
-from vmoe.utils.paths import check_checkpoint
+from vmoe.utils.paths import check_checkpoint, check_index
 from vmoe.utils.printable import printable, safe_output
 from vmoe.utils.tables import MetricTable, make_console
 

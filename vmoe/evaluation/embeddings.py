@@ -25,13 +25,13 @@ from torch import Tensor
 
 from vmoe.data import ImageDataset, LoaderConfig, eval_loader
 from vmoe.evaluation.features import features_key, image_features
-from vmoe.evaluation.index_paths import check_index, check_new_index, import_pyarrow
 from vmoe.evaluation.inference import evaluating
 from vmoe.evaluation.loaded_model import LoadedModel, weights_fingerprint
 from vmoe.evaluation.results_file import Progress, library_versions
 from vmoe.models.spec import model_spec
 from vmoe.utils.config import ConfigError
 from vmoe.utils.files import atomic_file
+from vmoe.utils.paths import check_index, check_new_index, import_pyarrow
 
 logger = logging.getLogger("vmoe.evaluation")
 
@@ -89,24 +89,20 @@ def embed_images(
         [_name(dataset, index) for index in index_N],
         [_utf8(caption) for caption in dataset.read_captions(index_N)] if dataset.has_captions else None,
         [_utf8(dataset.classes[label]) for label in columns["label"]] if dataset.classes is not None else None,
-        _about(loaded, dataset, [_name(dataset, index) for index in skipped]),
+        {
+            "format": FORMAT,
+            "model": model_spec(loaded.model)["name"],
+            "weights": str(loaded.weights.absolute()),
+            "sha256": weights_fingerprint(loaded.weights),
+            "precision": loaded.precision,
+            "data": dataset.fingerprint(),
+            "skipped": [_name(dataset, index) for index in skipped],
+            "versions": library_versions(),
+        },
     )
     write_embeddings(result, output)
     _remove(parts)
     return result
-
-
-def _about(loaded: LoadedModel, dataset: ImageDataset, skipped: list[str]) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "model": model_spec(loaded.model)["name"],
-        "weights": str(loaded.weights.absolute()),
-        "sha256": weights_fingerprint(loaded.weights),
-        "precision": loaded.precision,
-        "data": dataset.fingerprint(),
-        "skipped": skipped,
-        "versions": library_versions(),
-    }
 
 
 def _name(dataset: ImageDataset, index: int) -> str:

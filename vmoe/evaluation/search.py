@@ -17,7 +17,7 @@ from vmoe.data.texts import cut_rows, warn_once
 from vmoe.evaluation.embeddings import Embeddings, read_embeddings
 from vmoe.evaluation.features import image_features
 from vmoe.evaluation.inference import evaluating
-from vmoe.evaluation.loaded_model import LoadedModel, load_model, weights_fingerprint
+from vmoe.evaluation.loaded_model import load_model, weights_fingerprint
 from vmoe.utils.config import ConfigError
 
 
@@ -49,7 +49,12 @@ class SearchIndex:
         if weights is not None and not weights.exists():
             raise ConfigError(f"the model of {file} is no longer at {weights}: say where, with --checkpoint")
         self.model = load_model(checkpoint or str(weights), device, about["precision"], weights=weights)
-        check_same_model(self.embeddings, self.model, file)
+        if (sha256 := weights_fingerprint(self.model.weights)) != about["sha256"]:
+            made = f"{about['model']} with SHA-256 {about['sha256'][:12]}"
+            raise ConfigError(
+                f"{file} was made by {made}, and {self.model.weights} has {sha256[:12]}: give that model as "
+                "--checkpoint, or make the index again with vmoe-embed"
+            )
         self._embeddings_ND = self.embeddings.embeddings_ND.astype(np.float32)
         # Once more, since float16 rounds the lengths.
         self._embeddings_ND /= np.linalg.norm(self._embeddings_ND, axis=1, keepdims=True).clip(1e-12)
@@ -96,17 +101,6 @@ class SearchIndex:
         found = self.embeddings
         texts = [None if values is None else values[index] for values in (found.captions, found.labels)]
         return Hit(score, found.paths[index], *texts)
-
-
-def check_same_model(embeddings: Embeddings, loaded: LoadedModel, file: str | Path) -> None:
-    """ConfigError unless a model made the embeddings in a file."""
-    about, sha256 = embeddings.about, weights_fingerprint(loaded.weights)
-    if sha256 != about["sha256"]:
-        made = f"{about['model']} with SHA-256 {about['sha256'][:12]}"
-        raise ConfigError(
-            f"{file} was made by {made}, and {loaded.weights} has {sha256[:12]}: give that model as --checkpoint, or "
-            "make the index again with vmoe-embed"
-        )
 
 
 def _faiss_index(embeddings_ND: np.ndarray):
