@@ -237,7 +237,7 @@ def test_an_input_at_a_tie_is_drawn_again(tmp_path, monkeypatch):
 
     rows = check.differences(part, run)
     assert [row.redrawn for row in rows] == [1, 0, 0]
-    assert check.exceeds(rows) is None
+    assert max(row.relative for row in rows) <= TOLERANCE
 
 
 def test_weights_changed_in_their_last_digits_move_a_token_at_a_tie():

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from vmoe.export.formats import check_export
 from vmoe.models.manifest import TRAINER, is_checkpoint
 from vmoe.models.safetensors_writer import mapped_safetensors
 from vmoe.models.serialization import (
@@ -66,7 +65,6 @@ def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
     are damaged, or the file cannot be written there.
     """
     output = Path(output)
-    check_export(output, "safetensors")
     if Path(source).is_file():
         raise WeightsError(f"{source} is one file already; give the folder of a run or of a checkpoint")
     if (Path(source) / SETTINGS_NAME).is_file():
