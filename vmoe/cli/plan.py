@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,6 @@ from vmoe.cli.command import exit_code
 from vmoe.planning.hardware import pick_hardware
 from vmoe.training.config import Config
 from vmoe.utils.config import ConfigError, parse_config
-from vmoe.utils.files import atomic_file
 from vmoe.utils.paths import check_output
 from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import make_console
@@ -59,6 +57,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     if config.output is not None:
         check_output(config.output, ".json")
     hardware = pick_hardware(config.gpu, config.hardware)
+    from vmoe.evaluation.results_file import write_json
     from vmoe.planning.plan_report import as_json, show
     from vmoe.planning.planner import Planner, rank
 
@@ -67,7 +66,5 @@ def run(argv: Sequence[str] | None = None) -> None:
     ranked = rank([planner.candidate(mesh, checkpointing) for checkpointing in (False, True) for mesh in meshes])
     show(make_console(), planner, ranked, impossible, config.top)
     if config.output is not None:
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(Path(config.output)) as draft:
-            draft.write_text(json.dumps(as_json(planner, ranked, impossible), indent=2) + "\n", encoding="utf-8")
+        write_json(as_json(planner, ranked, impossible), Path(config.output))
         print(f"the whole plan is in {config.output}")
