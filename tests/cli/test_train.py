@@ -32,6 +32,8 @@ def test_train_py_trains_and_prints_a_table(make_config, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("output", ["ascii", "closed pipe"])
 def test_what_cannot_be_printed_ends_no_run(make_config, tmp_path, monkeypatch, output):
+    from vmoe_command import train
+
     (tmp_path / "config.yaml").write_text(to_yaml(make_config(**{"train.steps": 2, "train.eval_every": 1})))
     reading, writing = os.pipe()
     with os.fdopen(reading, closefd=output == "ascii") as reader:
@@ -39,7 +41,7 @@ def test_what_cannot_be_printed_ends_no_run(make_config, tmp_path, monkeypatch, 
             monkeypatch.setattr(sys, "stdout", stdout)
             if output == "closed pipe":
                 os.close(reading)
-            assert train.main(["--config", str(tmp_path / "config.yaml")]) == 0
+            assert train(["--config", str(tmp_path / "config.yaml")]) == 0
         if output == "ascii":
             assert "final task loss" in reader.read()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2

@@ -109,5 +109,5 @@ def test_every_command_ends_as_it_would_where_nobody_reads(command, monkeypatch)
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, Failing(BrokenPipeError()))
     with pytest.raises(SystemExit) as end:
-        import_module(f"vmoe.cli.{command}").main()
+        getattr(import_module("vmoe_command"), command)()
     assert end.value.code == 2

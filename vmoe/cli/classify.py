@@ -21,7 +21,7 @@ from vmoe.evaluation.class_names import known_sets
 from vmoe.utils.config import ConfigError
 from vmoe.utils.files import atomic_file
 from vmoe.utils.paths import check_checkpoint, check_output
-from vmoe.utils.printable import escaped, printable, safe_output
+from vmoe.utils.printable import escaped, printable
 from vmoe.utils.tables import MetricTable, make_console
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vmoe.cli.classify")
 
 
-@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`."""
     arguments = _parser().parse_args(argv)

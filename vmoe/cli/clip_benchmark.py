@@ -19,11 +19,9 @@ from vmoe.cli.command import exit_code
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.utils.config import parse_config
 from vmoe.utils.paths import check_checkpoint
-from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import MetricTable, make_console
 
 
-@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`; 3: a metric differs by more than 1e-6, or is NaN."""
     argv = list(sys.argv[1:] if argv is None else argv)

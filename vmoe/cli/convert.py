@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from vmoe.cli.command import exit_code
 from vmoe.convert.released import RELEASED
 from vmoe.utils.paths import check_output
-from vmoe.utils.printable import safe_output
 
 
-@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`."""
     parser = argparse.ArgumentParser(

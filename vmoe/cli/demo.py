@@ -13,7 +13,6 @@ from vmoe.cli.command import exit_code
 from vmoe.utils.config import ConfigError, check_types, parse_config
 from vmoe.utils.optional import import_optional
 from vmoe.utils.paths import check_checkpoint, check_index
-from vmoe.utils.printable import safe_output
 
 
 @dataclass
@@ -47,7 +46,6 @@ class DemoConfig:
             raise ConfigError(f"port must be 1 to 65535, got {self.port}")
 
 
-@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`."""
     description = "A page in the browser to try a model and see its routing."

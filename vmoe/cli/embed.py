@@ -11,7 +11,6 @@ from vmoe.data.config import LoaderConfig, SourceConfig
 from vmoe.data.images import Reading, find_images
 from vmoe.utils.config import ConfigError, check_types, parse_config
 from vmoe.utils.paths import check_checkpoint, check_new_index
-from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import make_console
 
 
@@ -46,7 +45,6 @@ class EmbedConfig:
         self.loader = replace(self.loader, on_bad=self.loader.on_bad or "skip")
 
 
-@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`. After a stop the same command continues."""
     description = "Embed images, for vmoe-search; the same command again continues a stopped one."

@@ -20,7 +20,6 @@ from vmoe.utils.allocator import keep_freed_memory
 from vmoe.utils.config import ConfigError, parse_config
 from vmoe.utils.files import can_write
 from vmoe.utils.paths import check_checkpoint
-from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import make_console
 
 if TYPE_CHECKING:
@@ -32,7 +31,6 @@ CLASS_FILES = ("_per_class.csv", "_confusion.csv", "_confusion.png", "_samples.c
 TABLES = {"classification": CLASS_FILES, "zero_shot": CLASS_FILES, "adversarial": CLASS_FILES[-1:]}
 
 
-@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`."""
     keep_freed_memory()

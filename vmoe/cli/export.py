@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING
 from vmoe.cli.command import exit_code
 from vmoe.export.formats import check_export
 from vmoe.utils.paths import check_checkpoint
-from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import MetricTable, make_console
 
 if TYPE_CHECKING:
     from vmoe.export.check import Difference
 
 
-@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`."""
     description = "Write a model as a file for other programs, and compare the file with the model."

@@ -19,7 +19,6 @@ from vmoe.data.config import LoaderConfig, SourceConfig
 from vmoe.utils.config import ConfigError, check_types, parse_config, read_settings_file
 from vmoe.utils.files import is_writable, local_path
 from vmoe.utils.paths import check_checkpoint
-from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import MetricTable, make_console
 
 if TYPE_CHECKING:
@@ -68,7 +67,6 @@ class InspectConfig:
             resolve_templates(self.templates)  # raises ValueError if they cannot be read
 
 
-@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`."""
     return exit_code("vmoe-inspect", lambda: run(settings(sys.argv[1:] if argv is None else argv)))

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 
 from vmoe.cli.command import exit_code
-from vmoe.utils.printable import safe_output
 
 SOURCES = {
     "vmoe_naflex_": "ours, after [NaViT](https://arxiv.org/abs/2307.06304)",
@@ -38,7 +37,6 @@ def table_row(name: str) -> str:
     return f"| `{name}` | {total} | {active} | {profile['gflops_per_image']:.4g} | {text} | {source} |"
 
 
-@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table of the named models, or of all; returns the exit code, see `exit_code`."""
     parser = argparse.ArgumentParser(prog="vmoe-list-models", description="A table of models: parameters and FLOPs.")

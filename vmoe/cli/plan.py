@@ -12,7 +12,6 @@ from vmoe.planning.hardware import pick_hardware
 from vmoe.training.config import Config
 from vmoe.utils.config import ConfigError, parse_config
 from vmoe.utils.paths import check_output
-from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import make_console
 
 
@@ -40,7 +39,6 @@ class PlanConfig(Config):
     output: str | None = None
 
 
-@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`."""
     return exit_code("vmoe-plan", lambda: run(argv))

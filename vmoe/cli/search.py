@@ -11,11 +11,10 @@ from vmoe.cli.command import exit_code
 from vmoe.data.images import BadSample
 from vmoe.utils.config import ConfigError
 from vmoe.utils.paths import check_checkpoint, check_index
-from vmoe.utils.printable import printable, safe_output
+from vmoe.utils.printable import printable
 from vmoe.utils.tables import MetricTable, make_console
 
 
-@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`."""
     description = "Find the images of an index that are most similar to a text or an image."

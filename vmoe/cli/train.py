@@ -11,7 +11,6 @@ from contextlib import nullcontext, redirect_stderr
 from vmoe.cli.command import exit_code
 from vmoe.training.config import load_config
 from vmoe.utils.allocator import keep_freed_memory
-from vmoe.utils.printable import safe_output
 from vmoe.utils.tables import make_console
 
 # PyTorch warns of each lost connection with a C++ stack; it reads this when it is imported.
@@ -19,7 +18,6 @@ if not os.environ.get("VMOE_TRACEBACK"):
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`. After a stop the same command continues the run."""
     keep_freed_memory()

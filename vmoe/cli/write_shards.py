@@ -19,7 +19,7 @@ from vmoe.cli.command import exit_code
 from vmoe.data.config import SourceConfig
 from vmoe.data.images import BadSample, load_image
 from vmoe.utils.config import ConfigError, parse_config
-from vmoe.utils.printable import printable, safe_output
+from vmoe.utils.printable import printable
 
 if TYPE_CHECKING:
     from vmoe.data.dataset import ImageDataset
@@ -156,7 +156,6 @@ def _parts(dataset: ImageDataset, index: int) -> dict[str, bytes]:
     return parts
 
 
-@safe_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, see `exit_code`."""
     config = parse_config(WriteConfig, argv, "vmoe-write-shards", "Write a data set as shards.")

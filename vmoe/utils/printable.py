@@ -43,8 +43,11 @@ codecs.register_error("vmoe.json", lambda error: (json.dumps(error.object[error.
 
 @contextmanager
 def safe_output() -> Iterator[None]:
-    """A decorator of each command: standard output and error raise nothing. A character that the encoding lacks becomes
-    JSON's escape; if the reader is gone or the disk is full, the text is lost."""
+    """Around each command (`vmoe_command.py`): standard output and error raise nothing.
+
+    A character that the encoding lacks becomes JSON's escape; if the reader is gone or the disk is full, the text is
+    lost.
+    """
     streams = [None if stream is None else _SafeStream(stream) for stream in (sys.stdout, sys.stderr)]
     with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
         try:
