@@ -71,7 +71,6 @@ def draw_sweep(points: list[dict[str, Any]], file: Path) -> None:
     `points` are those of `sweep_details`. Error bars are binomial standard errors, and quartiles of the speed.
     """
     from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     labels = {"factor": "capacity factor", "gflops_per_image": "GFLOPs per image"}
@@ -80,7 +79,6 @@ def draw_sweep(points: list[dict[str, Any]], file: Path) -> None:
         points = [{**point, **point["images_per_second"]} for point in points]
     with rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(4.6 * len(labels), 3.9), layout="constrained")
-        FigureCanvasAgg(figure)
         for axes, (name, label) in zip(figure.subplots(1, len(labels), sharey=True), labels.items()):
             _draw_curves(axes, points, name)
             axes.set_xlabel(label)
@@ -104,18 +102,9 @@ def _draw_curves(axes, points: list[dict[str, Any]], name: str) -> None:
     for curve, style in CURVES.items():
         own = [point for point in points if point["curve"] == curve]
         if own:
-            axes.errorbar(
-                [point[name] for point in own],
-                [point["top1"] for point in own],
-                yerr=[point["top1_error"] for point in own],
-                xerr=_quartile_errors(own) if name == "median" else None,
-                markersize=5,
-                linewidth=1.6,
-                elinewidth=0.8,
-                **style,
-            )
-
-
-def _quartile_errors(points: list[dict[str, Any]]) -> list[list[float]]:
-    below = [point["median"] - point["lower_quartile"] for point in points]
-    return [below, [point["upper_quartile"] - point["median"] for point in points]]
+            x, y, error = ([point[column] for point in own] for column in (name, "top1", "top1_error"))
+            quartiles = None
+            if name == "median":
+                ends = [(point["lower_quartile"], point["upper_quartile"]) for point in own]
+                quartiles = list(zip(*((median - low, high - median) for median, (low, high) in zip(x, ends))))
+            axes.errorbar(x, y, yerr=error, xerr=quartiles, markersize=5, linewidth=1.6, elinewidth=0.8, **style)

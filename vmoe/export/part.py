@@ -51,11 +51,11 @@ class Part(nn.Module):
 
     def example(self, batch: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Random inputs: normal pixels, and texts of all lengths as the tokenizer gives them."""
-        make = {"image": self._images, "text": self._texts}
-        return tuple(make[name](batch, generator) for name in self.inputs)
-
-    def _images(self, batch: int, generator: torch.Generator) -> Tensor:
-        return torch.randn(batch, *self.preprocess["input_size"], generator=generator)
+        size = (batch, *self.preprocess["input_size"])
+        return tuple(
+            self._texts(batch, generator) if name == "text" else torch.randn(size, generator=generator)
+            for name in self.inputs
+        )
 
     def _texts(self, batch: int, generator: torch.Generator) -> Tensor:
         text, L = getattr(self.model, "text", self.model), self.model.context_length

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from vmoe.export.check import Run
@@ -39,7 +38,7 @@ def write_program(part: Part, program: ExportedProgram, metadata: dict, draft: P
     torch.export.save(program, content, extra_files={METADATA_FILE: json.dumps(metadata)})
     draft.write_bytes(content.getbuffer())
     module = torch.export.load(draft).module()
-    return lambda *inputs: _without_gradient(module, inputs)
+    return torch.no_grad()(lambda *inputs: list(module(*inputs)))
 
 
 def write_package(part: Part, program: ExportedProgram, metadata: dict, draft: Path) -> Run:
@@ -52,12 +51,7 @@ def write_package(part: Part, program: ExportedProgram, metadata: dict, draft: P
         reason = f"AOTInductor cannot compile {type(part.model).__name__} ({root_cause(error)})"
         raise ValueError(f"{reason}; is there a C++ compiler (g++)? leave --compile out for a program") from error
     run = torch._inductor.aoti_load_package(str(draft))
-    return lambda *inputs: _without_gradient(run, inputs)
-
-
-def _without_gradient(run, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    with torch.no_grad():
-        return list(run(*inputs))
+    return torch.no_grad()(lambda *inputs: list(run(*inputs)))
 
 
 def root_cause(error: BaseException) -> str:
