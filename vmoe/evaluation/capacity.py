@@ -169,15 +169,9 @@ def _count(call: LayerRouting) -> tuple[int, int, int]:
     return tokens, tokens - int((call.kept.any(-1) & call.mask).sum()), rows
 
 
-class _NoExperts(nn.Module):
-    """Stands for experts and computes nothing."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, x_RD: Tensor, *_) -> Tensor:
-        return x_RD.new_zeros(len(x_RD), self.width)
+def _compute_nothing(width: int, _run: Callable, x_RD: Tensor, *_) -> Tensor:
+    """Takes the place of `Experts.exchange`."""
+    return x_RD.new_zeros(len(x_RD), width)
 
 
 def _flops(score: Score, layers: Mapping[str, SparseMoE], image_1CHW: Tensor) -> tuple[int, Tensor]:
@@ -191,7 +185,7 @@ def _flops(score: Score, layers: Mapping[str, SparseMoE], image_1CHW: Tensor) ->
             x_1D = image_1CHW.new_zeros(1, layer.in_features)
             count_E = torch.eye(1, layer.num_experts, dtype=torch.long, device=x_1D.device)[0]
             row_flops.append(forward_flops(partial(layer.experts, x_1D, count_E)))
-            stack.enter_context(changed([layer], experts=_NoExperts(layer.out_features)))
+            stack.enter_context(changed([layer.experts], exchange=partial(_compute_nothing, layer.out_features)))
         return forward_flops(partial(score, image_1CHW)), torch.tensor(row_flops)
 
 
