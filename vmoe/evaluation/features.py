@@ -10,11 +10,12 @@ import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+from zipfile import BadZipFile
 
+import numpy as np
+import torch
 from rich.console import Console
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from vmoe.data import ImageDataset, LoaderConfig, build_dataset, eval_loader
@@ -70,11 +71,11 @@ def extract_features(
         if not is_writable(cache):
             raise ConfigError(f"features.cache {cache} cannot be written to: give another folder, or null for no cache")
         key = features_key(loaded, dataset, loader_config)
-        file = cache / f"features_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-        cached = [_read(file, key)]
+        file = cache / f"features_{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+        cached = [_read(file)]
     for stored in gather_lists(cached):
         if stored is not None:
-            return Features(**stored)
+            return stored
     loader = eval_loader(dataset, loaded.transform, None, loader_config)
     rows = Rows()
     with evaluating(loaded.model, loaded.device, loaded.precision):
@@ -86,10 +87,10 @@ def extract_features(
     if unusable := int((~columns["features_ND"].isfinite()).any(1).sum()):
         problem = f"those of {unusable} of {len(index_N)} images hold NaN or infinity"
         raise ValueError(f"features must be finite, and {problem}; precision is {loaded.precision!r}: try float32")
-    tensors, skipped_paths = {**columns, "index_N": index_N}, sorted(gather_lists(list(loader.skipped_paths)))
+    found = Features(**columns, index_N=index_N, skipped_paths=sorted(gather_lists(list(loader.skipped_paths))))
     if file is not None:
-        _write(file, key, tensors, skipped_paths)
-    return Features(**tensors, skipped_paths=skipped_paths)
+        _write(file, key, found)
+    return found
 
 
 def image_features(model: nn.Module, images_B3HW: Tensor) -> Tensor:
@@ -172,33 +173,25 @@ def features_key(loaded: LoadedModel, dataset: ImageDataset, loader_config: Load
     return json.dumps(facts, indent=1, sort_keys=True)
 
 
-def _read(file: Path, key: str) -> dict[str, Any] | None:
-    """What `_write` got; None if there is no file, or (with a warning) a damaged one."""
+def _read(file: Path) -> Features | None:
+    """What `_write` got; None if there is no file, or (with a warning) a damaged one, as zip's checksums tell."""
     if not file.exists():
         return None
     try:
-        with safe_open(file, "pt") as stream:
-            metadata = stream.metadata() or {}
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  (no mapping)
-        if metadata["sha256"] != _checksum(key, tensors, metadata["skipped_paths"]):
-            raise ValueError("its checksum is wrong")
-        return {**tensors, "skipped_paths": json.loads(metadata["skipped_paths"])}
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
+        with np.load(file) as content:
+            tensors = {name: torch.from_numpy(content[name]) for name in Features._fields[:3]}
+            return Features(**tensors, skipped_paths=json.loads(str(content["skipped_paths"])))
+    except (OSError, EOFError, BadZipFile, ValueError, TypeError, KeyError) as error:
         logger.warning("%s cannot be used (%s) and is made again", file, error)
         return None
 
 
-def _write(file: Path, key: str, tensors: dict[str, Tensor], skipped_paths: list[str]) -> None:
-    """Writes a file atomically, with the key as metadata; a warning says if it cannot be written."""
-    skipped = json.dumps(skipped_paths)
-    metadata = {"key": key, "skipped_paths": skipped, "sha256": _checksum(key, tensors, skipped)}
+def _write(file: Path, key: str, features: Features) -> None:
+    """Writes a file atomically, with the key; a warning says if it cannot be written."""
+    arrays = {name: tensor.numpy() for name, tensor in zip(Features._fields, features[:3])}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as temporary:
-            save_file(tensors, temporary, metadata)
-    except (OSError, SafetensorError) as error:
+            np.savez(temporary, key=key, skipped_paths=json.dumps(features.skipped_paths), **arrays)
+    except OSError as error:
         logger.warning("%s cannot be written (%s): the features will be computed again", file, error)
-
-
-def _checksum(key: str, tensors: dict[str, Tensor], skipped: str) -> str:
-    return hashlib.sha256(f"{key}{skipped}".encode() + save(tensors)).hexdigest()
