@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import resource
 import statistics
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from vmoe.cli.write_shards import write_shards
 from vmoe.data import (
     AugmentationConfig,
     LoaderConfig,
@@ -75,23 +75,13 @@ def read_images(folder: str | None, number: int) -> Iterator[bytes]:
 
 def write(root: Path, images: Iterator[bytes], per_shard: int) -> int:
     """The same images as files in ten class folders and as shards; returns how many."""
-    tar, number = None, 0
     for number, content in enumerate(images):
-        label = number % 10
-        folder = root / "folders" / f"class{label}"
+        folder = root / "folders" / f"class{number % 10}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number:07}.jpg").write_bytes(content)
-        if number % per_shard == 0:
-            if tar:
-                tar.close()
-            (root / "shards").mkdir(exist_ok=True)
-            tar = tarfile.open(root / "shards" / f"{number // per_shard:05}.tar", "w")  # noqa: SIM115
-        for ending, part in (("jpg", content), ("cls", b"%d" % label), ("txt", b"an image")):
-            info = tarfile.TarInfo(f"{number:07}.{ending}")
-            info.size = len(part)
-            tar.addfile(info, io.BytesIO(part))
-    tar.close()
-    return number + 1
+    dataset = build_dataset(SourceConfig("image_folder", str(root / "folders")))
+    write_shards(dataset, root / "shards", per_shard)
+    return len(dataset)
 
 
 class Decoded(torch.utils.data.Dataset):
@@ -135,7 +125,8 @@ def measure(start: Callable[[], Iterator], batches: int) -> tuple[float, float]:
 
 def make_loaders(root: Path, args: argparse.Namespace) -> dict[str, Callable[[], Iterator]]:
     """{name: starts a loader} of the same images in `root`, with the same changes."""
-    dataset = build_dataset(SourceConfig("shards", str(root / "shards")))
+    shards = root / "shards"
+    dataset = build_dataset(SourceConfig("shards", str(shards), class_names=str(shards / "classes.txt")))
     preprocess = {"input_size": (3, args.side, args.side), "mean": MEAN, "std": STD, "interpolation": "bilinear"}
     transform = build_transform(preprocess, AugmentationConfig(scale=SCALE, ratio=RATIO, hflip=0.5))
     config = LoaderConfig(batch_size=args.batch_size, num_workers=args.workers)
