@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -33,6 +31,7 @@ from vmoe.planning.planner import Candidate, Planner
 from vmoe.planning.simulate import task_loss
 from vmoe.training.optim import create_optimizer
 from vmoe.utils.config import read_config
+from vmoe.utils.tables import MetricTable, make_console
 
 MiB = 2**20
 ALONE = MeshSize(1)
@@ -166,16 +165,15 @@ def measure(config: PlanConfig, mesh: MeshSize = ALONE) -> int:
 
 
 def main() -> None:
-    table = Table(title="Peak memory of one process, MiB")
-    for name in ("run", "planned", "measured", "planned / measured", "most of it"):
-        table.add_column(name, justify="left" if name in ("run", "most of it") else "right")
+    header = ["run", "planned", "measured", "planned / measured", "most of it"]
+    table = MetricTable("Peak memory of one process, MiB", header, left=("run", "most of it"))
     for title, options, mesh in CASES:
         config = read(options)
         planned, measured = plan(config, mesh), measure(config, mesh)
         kind = max(planned.memory, key=planned.memory.__getitem__)
         sizes = (f"{planned.total / MiB:,.1f}", f"{measured / MiB:,.1f}", f"{planned.total / measured:.3f}")
         table.add_row(title, *sizes, f"{kind} ({planned.memory[kind] / planned.total:.0%})")
-    Console(width=120).print(table)
+    make_console().print(table)
 
 
 if __name__ == "__main__":
