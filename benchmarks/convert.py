@@ -7,9 +7,9 @@ converts it in a fresh process and prints that process's largest resident memory
 """
 
 import argparse
-import importlib.util
 import json
 import resource
+import runpy
 import subprocess
 import sys
 import time
@@ -49,10 +49,7 @@ def write(config: dict, prefix: Path) -> int:
     from vmoe.convert.settings import model_settings
     from vmoe.models.factory import create_model
 
-    path = Path(__file__).parents[1] / "tests" / "convert" / "write_sharded.py"
-    spec = importlib.util.spec_from_file_location("write_sharded", path)
-    writer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(writer)
+    writer = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "convert" / "write_sharded.py"))
     name, kwargs = model_settings(config, {})
     with torch.device("meta"):
         model = create_model(name, **kwargs)
@@ -65,7 +62,7 @@ def write(config: dict, prefix: Path) -> int:
         return np.resize(seed, [part.stop - part.start for part in where])
 
     # JAX's own limit is a gibibyte per piece; an array beyond it lies in several.
-    writer.write_sharded(prefix, shapes, read, num_shards=2, numbers_per_piece=2**28)
+    writer["write_sharded"](prefix, shapes, read, num_shards=2, numbers_per_piece=2**28)
     return 4 * sum(int(np.prod(shape)) for shape in shapes.values())
 
 
@@ -87,24 +84,6 @@ def convert(folder: Path) -> None:
     print(json.dumps({"start": start, "peak": peak_mebibytes(), "seconds": time.monotonic() - began}))
 
 
-def measure(mebibytes: int, folder: Path) -> dict:
-    """Write a checkpoint of about this size and convert it in a fresh process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config = config_of(mebibytes)
-    (folder / "synthetic.json").write_text(json.dumps(config))
-    size = write(config, folder / "synthetic")
-    command = [sys.executable, __file__, "--inner", "--folder", str(folder)]
-    inner = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    return {
-        "model_mebibytes": round(size / 2**20),
-        "start_mebibytes": round(inner["start"]),
-        "peak_mebibytes": round(inner["peak"]),
-        "seconds": round(inner["seconds"], 1),
-        "width": config["hidden_size"],
-        "file": str(folder / "synthetic.safetensors"),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mebibytes", type=int, default=2048)
@@ -114,13 +93,18 @@ def main() -> None:
     if args.inner:
         convert(args.folder)
         return
-    result = measure(args.mebibytes, args.folder)
-    print(f"checkpoint           {result['model_mebibytes']:>6} MiB")
-    print(f"memory after imports {result['start_mebibytes']:>6} MiB")
-    largest = 8 * 4 * result["width"] ** 2 * 4 / 2**20  # the experts' first or second matrix
-    bound = round(result["start_mebibytes"] + 2 * largest + 128)
-    print(f"peak memory          {result['peak_mebibytes']:>6} MiB (bound: {bound}, with two of {largest:.0f})")
-    print(f"time                 {result['seconds']:>6} s")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    config = config_of(args.mebibytes)
+    (args.folder / "synthetic.json").write_text(json.dumps(config))
+    size = write(config, args.folder / "synthetic")
+    command = [sys.executable, __file__, "--inner", "--folder", str(args.folder)]  # with a memory of its own
+    inner = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    largest = 8 * 4 * config["hidden_size"] ** 2 * 4 / 2**20  # the experts' first or second matrix
+    bound = inner["start"] + 2 * largest + 128
+    print(f"checkpoint           {size / 2**20:6.0f} MiB")
+    print(f"memory after imports {inner['start']:6.0f} MiB")
+    print(f"peak memory          {inner['peak']:6.0f} MiB (bound: {bound:.0f}, with two of {largest:.0f})")
+    print(f"time                 {inner['seconds']:6.1f} s")
 
 
 if __name__ == "__main__":
