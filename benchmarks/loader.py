@@ -6,8 +6,8 @@ in turn (A B C A B C ...), so that a drifting machine slows all. Images per seco
 last, so the start of the workers is not in them. CPU time is that of the workers and the main process together; other
 work on the machine changes it little.
 
-Without --folder the images are made: smooth noise with sharp edges and grain, whose JPEG files have about the size of
-photographs of as many pixels.
+The images are made: smooth noise with sharp edges and grain, whose JPEG files have about the size of photographs of as
+many pixels.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from vmoe.utils.allocator import keep_freed_memory
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OURS = "vmoe, shards"
+PER_SHARD = 500
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
@@ -64,24 +65,13 @@ def photograph(number: int) -> bytes:
     return file.getvalue()
 
 
-def read_images(folder: str | None, number: int) -> Iterator[bytes]:
-    """The JPEG files of a folder, or made ones."""
-    if folder is None:
-        yield from map(photograph, range(number))
-        return
-    for path in sorted(Path(folder).rglob("*.jp*g"))[:number]:
-        yield path.read_bytes()
-
-
-def write(root: Path, images: Iterator[bytes], per_shard: int) -> int:
-    """The same images as files in ten class folders and as shards; returns how many."""
-    for number, content in enumerate(images):
+def write(root: Path, count: int) -> None:
+    """The same images as files in ten class folders and as shards."""
+    for number in range(count):
         folder = root / "folders" / f"class{number % 10}"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number:07}.jpg").write_bytes(content)
-    dataset = build_dataset(SourceConfig("image_folder", str(root / "folders")))
-    write_shards(dataset, root / "shards", per_shard)
-    return len(dataset)
+        (folder / f"{number:07}.jpg").write_bytes(photograph(number))
+    write_shards(build_dataset(SourceConfig("image_folder", str(root / "folders"))), root / "shards", PER_SHARD)
 
 
 class Decoded(torch.utils.data.Dataset):
@@ -161,29 +151,27 @@ def report(times: dict[str, list[tuple[float, float]]], batch_size: int) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", help="JPEG files to use; left out, images are made")
     parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--per_shard", type=int, default=500)
     parser.add_argument("--side", type=int, default=224, help="of the images handed over, pixels")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--batches", type=int, default=20, help="batches of a round")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
+    if args.images < args.batch_size * (args.batches + 1):
+        parser.error(f"{args.images} images are too few for {args.batches + 1} batches of {args.batch_size}")
     torch.set_num_threads(1)
     keep_freed_memory()  # as the training command does; all loaders profit
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         os.environ["VMOE_CACHE"] = folder
-        number = write(root, read_images(args.folder, args.images), args.per_shard)
-        size = sum(file.stat().st_size for file in (root / "folders").rglob("*.jpg")) / number
-        if number < args.batch_size * (args.batches + 1):
-            parser.error(f"{number} images are too few for {args.batches + 1} batches of {args.batch_size}")
+        write(root, args.images)
+        size = sum(file.stat().st_size for file in (root / "folders").rglob("*.jpg")) / args.images
         loaders = make_loaders(root, args)
         print(
-            f"{number} JPEG files of {size / 1000:.0f} kB, {args.workers} workers, batches of {args.batch_size}, side "
-            f"{args.side}, {len(os.sched_getaffinity(0))} cores (load {os.getloadavg()[0]:.1f}), "
+            f"{args.images} JPEG files of {size / 1000:.0f} kB, {args.workers} workers, batches of {args.batch_size}, "
+            f"side {args.side}, {len(os.sched_getaffinity(0))} cores (load {os.getloadavg()[0]:.1f}), "
             f"torch {torch.__version__}, torchvision {torchvision.__version__}"
         )
         times = {name: [] for name in loaders}
