@@ -208,7 +208,6 @@ def write_section(folder: Path, device: dict[str, Any], when: datetime, key: str
         ValueError: the file there is not one of these.
     """
     date = when.strftime("%Y-%m-%d")
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{slug(device)}-{date}.json"
     content: dict[str, Any] = {"format": FORMAT, "device": device, "date": date, "sections": {}}
     if file.exists():

@@ -29,7 +29,6 @@ def emoji_photos(folder: str | Path, per_class: int = 60) -> Path:
         if written[group] > per_class:
             file.unlink(missing_ok=True)
         elif not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(file) as draft:
                 emoji[index].image.save(draft)
     return folder

@@ -151,7 +151,6 @@ def _write(found: Iterator[dict], file: Path, top: int) -> None:
     if first is None:
         return
     number = 0
-    file.parent.mkdir(parents=True, exist_ok=True)
     # Names of files need not be UTF-8; what is not becomes an escape.
     with atomic_file(file) as draft, draft.open("w", encoding="utf-8", errors="backslashreplace", newline="") as stream:
         if file.suffix == ".csv":

@@ -168,7 +168,6 @@ def _make_parts(
     with evaluating(loaded.model, loaded.device, loaded.precision):
         for part, batches in groupby(Progress(loader, "embeddings", console), part_of):
             rows = [_embed(loaded, batch) for batch in batches]
-            parts.mkdir(parents=True, exist_ok=True)
             with atomic_file(parts / f"{key}-{part:08}.npz") as draft:
                 np.savez(draft, **{name: np.concatenate([row[name] for row in rows]) for name in rows[0]})
 

@@ -190,7 +190,6 @@ def _write(file: Path, key: str, features: Features) -> None:
     """Writes a file atomically, with the key; a warning says if it cannot be written."""
     arrays = {name: tensor.numpy() for name, tensor in zip(Features._fields, features[:3])}
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(file) as temporary:
             np.savez(temporary, key=key, skipped_paths=json.dumps(features.skipped_paths), **arrays)
     except OSError as error:

@@ -124,9 +124,8 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_json(report: dict[str, Any], file: Path) -> None:
-    """Writes the file atomically, and makes its folder; ValueError: a metric is NaN, which JSON cannot hold."""
+    """Writes the file atomically; ValueError: a metric is NaN, which JSON cannot hold."""
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as temporary:
         # Names of files need not be UTF-8; what is not becomes an escape of JSON's own.
         temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")

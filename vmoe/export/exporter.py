@@ -101,7 +101,6 @@ def _write_graph(part: Part, output: Path, extra: dict, write: Callable[..., Run
     metadata = {"inputs": part.inputs, "outputs": part.outputs, "preprocess": part.preprocess, "extra": extra}
     if part.contrastive:
         metadata["logit_scale"] = part.model.logit_scale.exp().item()
-    output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(output) as draft:
         progress("tracing the model")
         program = trace(part)

@@ -61,7 +61,6 @@ def write_report(statistics: RoutingStatistics, file: str | Path, console: Conso
     shown, given = len(data["samples"]), len(statistics.samples)
     if shown < given and console is not None:
         console.print(f"the report shows {shown} of {given} images, to stay below {MAX_BYTES / 1e6:.0f} MB")
-    file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as temporary:
         temporary.write_text(page.render(parts, data=_script_json(data)), encoding="utf-8", newline="\n")
     return file

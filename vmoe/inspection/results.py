@@ -137,7 +137,6 @@ def write_statistics(statistics: RoutingStatistics, folder: str | Path, config: 
     "NAME/text_tokens" (T,), as far as there are any.
     """
     json_file, array_file = Path(folder, "statistics.json"), Path(folder, "statistics.npz")
-    json_file.parent.mkdir(parents=True, exist_ok=True)
     write_json(_statistics_json(statistics, config), json_file)
     arrays = {} if statistics.class_names is None else {"class_names": np.array(statistics.class_names)}
     for layer in statistics.layers:

@@ -60,7 +60,6 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save_figure(figure: Figure, file: Path) -> Path:
     """Writes the figure atomically; a character that the font lacks is a box, without a warning."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(temporary)

@@ -45,9 +45,10 @@ def can_write(file: Path) -> bool:
 
 @contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
-    """A temporary file, which replaces `file` when the block ends without an error. Several processes may write the
-    same file, the last one stays; the permissions are those of a new file (umask)."""
+    """A temporary file, which replaces `file` when the block ends without an error; its folder is made. Several
+    processes may write the same file, the last one stays; the permissions are those of a new file (umask)."""
     temporary = file.with_name(f".{file.stem}.{secrets.token_hex(6)}{file.suffix}")
+    file.parent.mkdir(parents=True, exist_ok=True)
     try:
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)
