@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import vmoe
-from vmoe.data import BadSample, ImageDataset, build_transform
+from vmoe.data import BadSample, ImageDataset, LoaderConfig, build_transform
 from vmoe.data.dataset import Sample
 from vmoe.evaluation.inference import changed
 from vmoe.evaluation.loaded_model import LoadedModel
@@ -38,6 +38,12 @@ CAPTIONS = [
 NUM = len(CAPTIONS)
 SMALL = {"depth": 4, "num_heads": 2, "num_experts": 4}
 VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 32, **SMALL}
+
+
+def batches(size, on_bad="fail"):
+    return LoaderConfig(batch_size=size, num_workers=0, on_bad=on_bad)
+
+
 LIMOE = {"img_size": 16, "patch_size": 4, "width": 32, "embed_dim": 16, "context_length": 8, **SMALL}
 
 
@@ -107,7 +113,7 @@ def test_sums_of_a_classifier_are_those_of_a_direct_computation(classifier, fact
     dataset = Images()
     with changed(sparse_layers(classifier).values(), eval_capacity_factor=factor):
         record, _ = direct(classifier, dataset)
-        found = gather_statistics(classifier, dataset, batch_size=NUM)  # one batch: a drop depends on the others
+        found = gather_statistics(classifier, dataset, batches(NUM))  # one batch: a drop depends on the others
     assert [layer.name for layer in found.layers] == list(record.layers) == ["blocks.1.mlp", "blocks.3.mlp"]
     for layer in found.layers:
         call = record.layers[layer.name]
@@ -138,7 +144,7 @@ def test_text_tokens_and_patches_of_a_limoe_are_counted_apart(limoe):
     dataset = Images(labels=False, captions=True)
     record, ids = direct(limoe, dataset)
     real = text_mask(ids, limoe.tokenizer.eot_token_id)
-    found = gather_statistics(limoe, dataset, batch_size=4)
+    found = gather_statistics(limoe, dataset, batches(4))
     assert found.texts_from == "captions"
     assert found.modalities == ["image", "text"]
     names = token_decoder(limoe.tokenizer)
@@ -166,7 +172,7 @@ def test_text_tokens_and_patches_of_a_limoe_are_counted_apart(limoe):
 
 @pytest.mark.parametrize("captions", [False, True])
 def test_batches_make_no_difference_where_nothing_is_dropped(limoe, captions):
-    results = [gather_statistics(limoe, Images(captions=captions), batch_size=size) for size in (1, 4)]
+    results = [gather_statistics(limoe, Images(captions=captions), batches(size)) for size in (1, 4)]
     for other in results[1:]:
         for ours, theirs in zip(results[0].layers, other.layers, strict=True):
             for modality in ours.tokens:
@@ -186,7 +192,7 @@ def test_batches_make_no_difference_where_nothing_is_dropped(limoe, captions):
 def test_typical_patches_are_the_largest_gate_values_one_per_image(classifier):
     dataset = Images()
     record, _ = direct(classifier, dataset)
-    found = gather_statistics(classifier, dataset, batch_size=2, num_patches=3)
+    found = gather_statistics(classifier, dataset, batches(2), num_patches=3)
     total = 0
     for layer in found.layers:
         call = record.layers[layer.name]
@@ -206,7 +212,7 @@ def test_typical_patches_are_the_largest_gate_values_one_per_image(classifier):
 
 def test_captions_of_one_image_give_one_typical_patch(limoe):
     ids = [f"image {i // 3}" for i in range(NUM)]
-    found = gather_statistics(limoe, Images(captions=True, image_ids=ids), batch_size=2)
+    found = gather_statistics(limoe, Images(captions=True, image_ids=ids), batches(2))
     for own in found.layers[0].typical_patches:
         assert {patch.sample for patch in own} <= {0, 3, 6}
 
@@ -226,12 +232,12 @@ def test_limited_capacity_is_for_this_call_only(classifier):
 
 
 def test_bad_samples_are_skipped_and_counted(classifier):
-    found = gather_statistics(classifier, Images(broken=[0, 4]), on_bad="skip", num_images=NUM)
+    found = gather_statistics(classifier, Images(broken=[0, 4]), batches(4, "skip"), num_images=NUM)
     assert (found.num_samples, found.num_skipped) == (NUM - 2, 2)
     assert found.sample_index == [1, 2, 3, 5, 6, 7, 8]
     assert found.layers[0].tokens["image"] == (NUM - 2) * 17
     with pytest.raises(ValueError, match="no image was read"):
-        gather_statistics(classifier, Images(broken=range(NUM)), on_bad="skip")
+        gather_statistics(classifier, Images(broken=range(NUM)), batches(4, "skip"))
 
 
 def test_without_captions_the_class_names_are_the_texts(limoe):
@@ -250,7 +256,7 @@ def test_without_captions_the_class_names_are_the_texts(limoe):
 def test_images_are_spaced_evenly_and_complete(limoe):
     dataset = Images(captions=True)
     record, ids = direct(limoe, dataset)
-    found = gather_statistics(limoe, dataset, batch_size=4, num_images=3)
+    found = gather_statistics(limoe, dataset, batches(4), num_images=3)
     assert found.sample_index == [0, 4, 8]
     call = record.layers["blocks.3.mlp"]
     expert, weight = call.tokens(call.expert_index).numpy(), call.tokens(call.combine_weights).numpy()
@@ -308,7 +314,7 @@ def test_every_kind_of_routing(tmp_path, settings, name):
     loaded = load(vmoe.create_model(name, **{**kwargs, **settings}), tmp_path)
     dataset = Images(captions=name.startswith("limoe"))
     record, _ = direct(loaded, dataset)
-    found = gather_statistics(loaded, dataset, batch_size=4)
+    found = gather_statistics(loaded, dataset, batches(4))
     K = settings.get("num_selected_experts", 1)
     for layer in found.layers:
         call = record.layers[layer.name]
@@ -338,7 +344,7 @@ def test_two_towers_have_layers_of_one_modality_each(tmp_path):
         image={"img_size": 16, "patch_size": 4, "embed_dim": 32, **sizes},
         text={"width": 32, "context_length": 8, **sizes, "num_experts": 3},
     )
-    found = gather_statistics(load(model, tmp_path), Images(captions=True), batch_size=4)
+    found = gather_statistics(load(model, tmp_path), Images(captions=True), batches(4))
     assert [(layer.name, list(layer.tokens)) for layer in found.layers] == [
         ("visual.blocks.1.mlp", ["image"]),
         ("text.blocks.1.mlp", ["text"]),
@@ -371,7 +377,7 @@ def test_upcycled_models_of_timm_and_open_clip(tmp_path):
     clip = vmoe.upcycle(clip, num_experts=4, layers="last1")
     classifier = load(sparse, tmp_path)
     loaded = classifier._replace(model=clip.eval(), tokenizer=SimpleTokenizer(context_length=9))
-    found = gather_statistics(loaded, Images(captions=True), batch_size=4)
+    found = gather_statistics(loaded, Images(captions=True), batches(4))
     real = text_mask(loaded.tokenizer(CAPTIONS), loaded.tokenizer.eot_token_id).sum()
     assert found.layers[1].tokens == {"text": int(real)}  # its padding is routed, and not counted
     assert "!" not in found.layers[1].expert_token
@@ -387,7 +393,7 @@ def test_agreement_is_normalised_mutual_information_of_first_choices(classifier)
         return -sum(n / len(one) * math.log(n / len(one)) for n in Counter(values).values())
 
     shared = entropy(one) + entropy(other) - entropy(zip(one, other))
-    matrix = gather_statistics(classifier, dataset, batch_size=2).agreement["image"]
+    matrix = gather_statistics(classifier, dataset, batches(2)).agreement["image"]
     assert matrix[0, 1] == matrix[1, 0] == pytest.approx(2 * shared / (entropy(one) + entropy(other)), abs=1e-12)
     assert 0 < matrix[0, 1] < 1
     assert np.diag(matrix).tolist() == pytest.approx([1, 1])

@@ -118,9 +118,7 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
     statistics = gather_statistics(
         loaded,
         dataset,
-        batch_size=config.loader.batch_size,
-        num_workers=config.loader.num_workers,
-        on_bad=config.loader.on_bad or "fail",
+        config.loader,
         data=describe(source),
         console=console,
         **{name: getattr(config, name) for name in same},

@@ -29,10 +29,8 @@ from vmoe.utils.config import ConfigError
 def gather_statistics(
     loaded: LoadedModel,
     dataset: ImageDataset,
+    loader_config: LoaderConfig | None = None,
     *,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    on_bad: str = "fail",
     num_images: int = 200,
     num_patches: int = 16,
     templates: Sequence[Template] | str | None = None,
@@ -44,10 +42,11 @@ def gather_statistics(
     """Runs a model over a data set and sums up its routing; of each labelled image E numbers are kept for each layer.
 
     Images go through the model with their captions, as in training; without captions an image-text model sees the
-    images alone, and then the prompts of the class names, each once. The loader's settings are those of `LoaderConfig`.
-    ValueError: a dense model, unusable settings, or no readable image. BadSample: as `on_bad` says.
+    images alone, and then the prompts of the class names, each once. ValueError: a dense model, unusable settings, or
+    no readable image. BadSample: as the loader's `on_bad` says.
 
     Args:
+        loader_config: batches and workers; None: 64 images, read by this process.
         num_images, num_patches: samples to keep, evenly spaced in the data, and typical patches for each expert.
         templates: prompts of class names, see `vmoe.evaluation.zero_shot.resolve_templates`.
         eval_capacity_factor, batch_priority: of all sparse layers in this call; None: as the model is set.
@@ -56,28 +55,23 @@ def gather_statistics(
     """
     if num_images < 0 or num_patches < 0:
         raise ConfigError(f"num_images and num_patches must be >= 0, got {num_images} and {num_patches}")
-    settings = _capacity_settings(eval_capacity_factor, batch_priority)
+    settings: dict[str, Any] = {} if batch_priority is None else {"batch_priority": batch_priority}
+    if eval_capacity_factor is not None:
+        if not eval_capacity_factor > 0:
+            raise ConfigError(f"eval_capacity_factor must be > 0, got {eval_capacity_factor}")
+        settings |= {"eval_capacity_factor": eval_capacity_factor, "capacity": None}  # a fixed one would override it
     tokenizer = loaded.tokenizer if dataset.has_captions else None
-    config = LoaderConfig(batch_size=batch_size, num_workers=num_workers, on_bad=on_bad)
+    config = loader_config or LoaderConfig(batch_size=64, num_workers=0)
     loader = eval_loader(dataset, loaded.transform, tokenizer, config, loaded.device)
     layers = sparse_layers(loaded)
     with changed(layers.values(), **settings), evaluating(loaded.model, loaded.device, loaded.precision):
         gatherer = _Gatherer(loaded, dataset, layers, num_images, num_patches)
         for batch in loader if console is None else Progress(loader, "routing", console):
             gatherer.add_batch(batch)
-        statistics = gatherer.finish(templates, batch_size)
+        statistics = gatherer.finish(templates, config.batch_size)
     statistics.num_skipped = loader.num_skipped
     statistics.data = statistics.data if data is None else data
     return statistics
-
-
-def _capacity_settings(eval_capacity_factor: float | None, batch_priority: bool | None) -> dict[str, Any]:
-    settings = {} if batch_priority is None else {"batch_priority": batch_priority}
-    if eval_capacity_factor is None:
-        return settings
-    if not eval_capacity_factor > 0:
-        raise ConfigError(f"eval_capacity_factor must be > 0, got {eval_capacity_factor}")
-    return settings | {"eval_capacity_factor": eval_capacity_factor, "capacity": None}  # a fixed one would override it
 
 
 def sample_routing(loaded: LoadedModel, image: Image.Image, text: str | None = None) -> SampleRouting:
