@@ -19,7 +19,6 @@ from vmoe.evaluation.inference import pick_device
 from vmoe.evaluation.zero_shot import Template, feature_scorer
 from vmoe.models.factory import create_model, find_weights, get_tokenizer, is_contrastive, preprocess_config
 from vmoe.models.serialization import read_pretrained_metadata
-from vmoe.models.vision import log_mean_probability
 from vmoe.moe import quantize_experts
 from vmoe.utils.config import ConfigError
 from vmoe.utils.printable import printable
@@ -97,7 +96,7 @@ def image_transform(
 
 
 class DeepEnsemble(nn.Module):
-    """Classifiers as one, with the interface of an ensemble of experts (`vmoe.models.vision.VisionMoE`)."""
+    """Classifiers as one, whose members are asked as those of an ensemble of experts (`checked_logits`)."""
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -106,10 +105,6 @@ class DeepEnsemble(nn.Module):
     def member_logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B · M, classes), those of an image next to each other."""
         return torch.stack([model(images).float() for model in self.models], dim=1).flatten(0, 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, classes), the log of the mean probability."""
-        return log_mean_probability(self.member_logits(images).unflatten(0, (-1, self.ensemble_size)))
 
 
 def as_ensemble(members: Sequence[LoadedModel]) -> LoadedModel:
