@@ -289,7 +289,8 @@ def test_mistakes_of_a_search(index_file, tmp_path, monkeypatch, capsys, argumen
         (["--output", "x.csv", "--images", "."], "output x.csv must end with .parquet or .npz"),
         (["--output", "there.npz/x.npz", "--images", "."], "cannot be written: give a file in a folder that can be"),
         (["--output", "x.npz"], "give either images, as in --images FOLDER, or data"),
-        (["--output", "x.npz", "--images", ".", "--loader.on_bad", "replace"], "must be 'skip' or 'fail' here"),
+        (["--output", "x.npz", "--images", ".", "--loader.on_bad", "replace"], "must be 'fail' or 'skip' here"),
+        (["--output", "x.npz", "--images", ".", "--loader.naflex.seq_lens", "[16]"], "loader.naflex is for train.py"),
         (["--output", "x.parquet", "--images", "."], "need the package pyarrow: pip install -e '.[search]'"),
     ],
 )

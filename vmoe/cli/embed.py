@@ -40,8 +40,7 @@ class EmbedConfig:
         check_types(self)
         if (self.images is None) == (self.data.type is None):
             raise ConfigError("give either images, as in --images FOLDER, or data with its data.type")
-        if self.loader.on_bad == "replace":
-            raise ConfigError("loader.on_bad must be 'skip' or 'fail' here, got 'replace'")
+        self.loader.check_evaluation(one_size=True)
         self.loader = replace(self.loader, on_bad=self.loader.on_bad or "skip")
 
 

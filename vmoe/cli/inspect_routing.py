@@ -59,8 +59,7 @@ class InspectConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.loader.on_bad == "replace":
-            raise ConfigError("loader.on_bad must be 'fail' or 'skip' in an inspection, got 'replace'")
+        self.loader.check_evaluation(one_size=True)
         if self.templates is not None:
             from vmoe.evaluation.zero_shot import resolve_templates
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vmoe.utils.config import check_types
+from vmoe.utils.config import ConfigError, check_types
 
 # A setting that the type does not read is a mistake.
 FIELDS_OF_SOME_TYPES = {
@@ -244,6 +244,13 @@ class LoaderConfig:
         _check_range(self, ("batch_size",), 1)
         _check_range(self, ("num_workers",), 0)
         _check_range(self, ("max_bad_share",), 0, 1)
+
+    def check_evaluation(self, one_size: bool = False) -> None:
+        """ConfigError: a setting that only training has; with `one_size`, images of their own shapes."""
+        if self.on_bad == "replace":
+            raise ConfigError("loader.on_bad must be 'fail' or 'skip' here, got 'replace'")
+        if one_size and self.naflex is not None:
+            raise ConfigError("loader.naflex is for train.py and eval.py, all images have one size here: leave it out")
 
     @property
     def batch_sizes(self) -> dict[int | None, int]:

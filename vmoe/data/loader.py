@@ -329,7 +329,7 @@ class EvalLoader(_Loader):
     """All samples once, in order; the last batch may be smaller. Arguments and batches as for `TrainLoader`.
 
     Where torch.distributed runs, each process reads its share of the same batches: number rank, rank + world, ... A bad
-    bad sample raises BadSample, or with `on_bad="skip"` is skipped and counted. `indices` are of the samples that all
+    sample raises BadSample, or with `on_bad="skip"` is skipped and counted. `indices` are of the samples that all
     processes read together, in this order (default: all). `skipped_paths` and `num_cut` are of the last pass.
     """
 

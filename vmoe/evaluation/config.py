@@ -182,8 +182,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.loader.on_bad == "replace":
-            raise ConfigError("loader.on_bad must be 'fail' or 'skip' in an evaluation, got 'replace'")
+        self.loader.check_evaluation()
         if not self.checkpoints or len(set(self.checkpoints)) < len(self.checkpoints):
             raise ConfigError(f"checkpoint must name at least one checkpoint and none twice, got {self.checkpoint}")
         if self.ood_data.type is None and self.ood_data != SourceConfig():
