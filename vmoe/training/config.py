@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -329,106 +329,82 @@ class Config:
                 low = "> 0" if least is None else f">= {least}"
                 high = "" if largest is None else f" and <= {largest}"
                 raise ConfigError(f"{key} must be {low}{high}, got {value}{null}")
-        for message, wrong in self._conflicts():
+        for message, wrong in (self._conflicts() | self._task_conflicts()).items():
             if wrong:
                 raise ConfigError(message)
 
-    def _conflicts(self) -> Iterator[tuple[str, Any]]:
-        """(what is wrong and the remedy, whether it is so) of settings that do not go together."""
-        model, train, augmentation = self.model, self.train, self.data.augmentation
-        warmup, batch, contrastive = self.optim.warmup_steps, self.data.loader.batch_size, self.task == "contrastive"
-        sharded, mixes = max(self.parallel.dp_shard, self.parallel.ep) > 1, augmentation.mixup or augmentation.cutmix
-        betas = self.optim.betas
-        yield (
-            f"optim.betas must be in [0, 1), got {betas}",
-            betas is not None and not all(0 <= beta < 1 for beta in betas),
-        )
+    def _conflicts(self) -> dict[str, Any]:
+        """{what is wrong and the remedy: whether it is so} of settings that do not go together in any task."""
+        model, train, distill, betas = self.model, self.train, self.train.distill, self.optim.betas
+        warmup, sharded = self.optim.warmup_steps, max(self.parallel.dp_shard, self.parallel.ep) > 1
         steps = train.steps or (math.inf if train.epochs else STEPS)  # those of epochs follow from the data
-        yield f"optim.warmup_steps must be < train.steps ({steps}), got {warmup}", warmup >= steps
-        yield (
-            "train.precision fp16 needs parallel.dp_shard = parallel.ep = 1; use bf16, which needs no scaler",
-            train.precision == "fp16" and sharded,
-        )
-        yield (
+        conflicts = {
+            f"optim.betas must be in [0, 1), got {betas}": betas and not all(0 <= beta < 1 for beta in betas),
+            f"optim.warmup_steps must be < train.steps ({steps}), got {warmup}": warmup >= steps,
+            "train.precision fp16 needs parallel.dp_shard = parallel.ep = 1; use bf16, which needs no scaler": (
+                train.precision == "fp16" and sharded
+            ),
             "model.pretrained_optimizer needs model.pretrained, the folder of a run, and parallel.dp_shard = "
-            "parallel.ep = 1; set it to false",
-            model.pretrained_optimizer and (model.pretrained is None or sharded),
-        )
-        yield (
-            "model.pretrained_optimizer has the state of one model, and model.upcycle.others are more; set it to false",
-            model.pretrained_optimizer and model.upcycle.get("others"),
-        )
-        yield from self._lora_conflicts(sharded)
-        yield from self._distill_conflicts(contrastive)
-        yield from self._evaluation_conflicts()
-        yield (
-            "train.superclasses.weight needs train.superclasses.source, which says what the super-classes are",
-            train.superclasses.source is None and train.superclasses != SuperclassConfig(),
-        )
-        yield "train.superclasses needs task 'classification'", contrastive and train.superclasses.source
+            "parallel.ep = 1; set it to false": model.pretrained_optimizer and (model.pretrained is None or sharded),
+            "model.pretrained_optimizer has the state of one model, and model.upcycle.others are more; set it to "
+            "false": model.pretrained_optimizer and model.upcycle.get("others"),
+            "lora.targets needs parallel.dp_shard = parallel.ep = 1 and model.pretrained_optimizer false": (
+                self.lora.targets and (sharded or model.pretrained_optimizer)
+            ),
+            "train.distill.teacher is missing: give a model with weights, or leave the other settings of "
+            "train.distill": distill.teacher is None and distill != DistillConfig(),
+            "train.distill compares within a batch, and train.accumulate_features over several; set that to false": (
+                distill.teacher is not None and train.accumulate_features
+            ),
+            "train.distill.weight and train.distill.features are 0, so the teacher teaches nothing; raise one of "
+            "them": distill.teacher is not None and not (distill.weight or distill.features),
+            "train.keep_best needs evaluations; set train.eval_every": (
+                train.keep_best is not None and not train.eval_every
+            ),
+            "train.patience needs train.keep_best, the metric that must get better, such as top1": (
+                train.patience is not None and train.keep_best is None
+            ),
+            "train.superclasses.weight needs train.superclasses.source, which says what the super-classes are": (
+                train.superclasses.source is None and train.superclasses != SuperclassConfig()
+            ),
+        }
         sections = {"kwargs": model.kwargs, "upcycle": model.upcycle}
         sections |= {f"kwargs.{tower}": model.kwargs.get(tower) for tower in ("image", "text")}
         for key, kwargs in sections.items():
-            yield (
+            message = (
                 f"model.{key}.auxiliary_loss must be 'record' here: the loop adds the auxiliary losses itself; "
-                "'attach' would add them twice",
-                isinstance(kwargs, dict) and kwargs.get("auxiliary_loss", "record") != "record",
+                "'attach' would add them twice"
             )
+            conflicts[message] = isinstance(kwargs, dict) and kwargs.get("auxiliary_loss", "record") != "record"
+        return conflicts
+
+    def _task_conflicts(self) -> dict[str, Any]:
+        """As `_conflicts`, of the settings that belong to one of the two tasks, or to images of one size."""
+        train, loader, augmentation = self.train, self.data.loader, self.data.augmentation
+        contrastive, naflex = self.task == "contrastive", loader.naflex is not None
+        mixes = augmentation.mixup or augmentation.cutmix
+        conflicts = {}
+        for key in ("distill.features", "distill.image_size", "superclasses.source"):
+            conflicts[f"train.{key} needs task 'classification'"] = contrastive and attrgetter(key)(train)
+        conflicts[f"evaluate.task {self.evaluate.task!r} needs task 'contrastive'"] = (
+            self.evaluate.task is not None and not contrastive
+        )
         for key in ("mixup", "cutmix", "label_smoothing"):
-            yield (
-                f"data.augmentation.{key} mixes labels, and a contrastive run has none; set it to 0",
-                contrastive and getattr(augmentation, key),
-            )
-        yield (
-            "train.accumulate_features needs task 'contrastive' and train.accumulate_steps above 1; set it to false",
-            train.accumulate_features and (not contrastive or train.accumulate_steps == 1),
-        )
-        yield from self._naflex_conflicts(contrastive, mixes)
-        yield f"data.loader.batch_size must be even for mixup and cutmix, got {batch}", mixes and batch % 2
-
-    def _naflex_conflicts(self, contrastive: bool, mixes: Any) -> Iterator[tuple[str, Any]]:
-        naflex, augmentation = self.data.loader.naflex is not None, self.data.augmentation
-        yield "data.loader.naflex needs task 'classification'; leave it out", naflex and contrastive
-        others = {"data.augmentation.mixup or cutmix": mixes, "train.distill": self.train.distill.teacher}
-        others["data.augmentation.crop_padding"] = augmentation.crop_padding is not None
-        for key, given in others.items():
-            yield f"{key} needs images of one size, and data.loader.naflex has others; leave it out", naflex and given
-
-    def _lora_conflicts(self, sharded: bool) -> Iterator[tuple[str, Any]]:
-        yield (
-            "lora.targets needs parallel.dp_shard = parallel.ep = 1 and model.pretrained_optimizer false",
-            self.lora.targets and (sharded or self.model.pretrained_optimizer),
-        )
-
-    def _distill_conflicts(self, contrastive: bool) -> Iterator[tuple[str, Any]]:
-        distill = self.train.distill
-        yield (
-            "train.distill.teacher is missing: give a model with weights, or leave the other settings of train.distill",
-            distill.teacher is None and distill != DistillConfig(),
-        )
-        yield (
-            "train.distill compares within a batch, and train.accumulate_features over several; set that to false",
-            distill.teacher is not None and self.train.accumulate_features,
-        )
-        yield (
-            "train.distill.weight and train.distill.features are 0, so the teacher teaches nothing; raise one of them",
-            distill.teacher is not None and not (distill.weight or distill.features),
-        )
-        for key in ("features", "image_size"):
-            yield f"train.distill.{key} needs task 'classification'", contrastive and getattr(distill, key)
-
-    def _evaluation_conflicts(self) -> Iterator[tuple[str, Any]]:
-        train, task = self.train, self.evaluate.task
-        yield (
-            "train.keep_best needs evaluations; set train.eval_every",
-            train.keep_best is not None and not train.eval_every,
-        )
-        yield (
-            "train.patience needs train.keep_best, the metric that must get better, such as top1",
-            train.patience is not None and train.keep_best is None,
-        )
-        needs_text = task is not None and self.task != "contrastive"
-        yield f"evaluate.task {task!r} needs task 'contrastive'", needs_text
+            message = f"data.augmentation.{key} mixes labels, and a contrastive run has none; set it to 0"
+            conflicts[message] = contrastive and getattr(augmentation, key)
+        conflicts[
+            "train.accumulate_features needs task 'contrastive' and train.accumulate_steps above 1; set it to false"
+        ] = train.accumulate_features and (not contrastive or train.accumulate_steps == 1)
+        conflicts["data.loader.naflex needs task 'classification'; leave it out"] = naflex and contrastive
+        for key, given in {
+            "data.augmentation.mixup or cutmix": mixes,
+            "train.distill": train.distill.teacher,
+            "data.augmentation.crop_padding": augmentation.crop_padding is not None,
+        }.items():
+            message = f"{key} needs images of one size, and data.loader.naflex has others; leave it out"
+            conflicts[message] = naflex and given
+        message = f"data.loader.batch_size must be even for mixup and cutmix, got {loader.batch_size}"
+        return conflicts | {message: mixes and loader.batch_size % 2}
 
 
 def load_config(argv: Sequence[str] | None = None) -> Config:
