@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from yaml import YAMLError
 
-from vmoe.utils.config_help import format_help
+from vmoe.utils.config_help import format_help, list_settings
 from vmoe.utils.config_types import fields_of, inside, members_of, section_of, type_name
 from vmoe.utils.printable import printable
 from vmoe.utils.safe_yaml import UnsafeYaml, parse_yaml, read_yaml
@@ -182,20 +182,12 @@ def _build(config_class: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
 
 
 def _unknown(key: str, config_class: type, prefix: str = "") -> str:
-    known = list(_known_keys(config_class, prefix))
+    known = [one.key for one in list_settings(config_class, prefix)]
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if not nearest:  # right name in the wrong section
         nearest = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]][:1]
     hint = f"the nearest known key is {nearest[0]!r}" if nearest else "`--help` lists all keys"
     return f"unknown key {printable(key)!r}; {hint}"
-
-
-def _known_keys(config_class: type, prefix: str) -> Iterator[str]:
-    """All dotted keys, those of sections too."""
-    for name, annotation in fields_of(config_class).items():
-        yield prefix + name
-        if section := section_of(annotation):
-            yield from _known_keys(section, f"{prefix}{name}.")
 
 
 _INSTANCES = {int: Integral, float: Real, str: (str, os.PathLike), dict: Mapping}
