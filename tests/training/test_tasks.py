@@ -262,7 +262,7 @@ def test_contrastive_evaluation_follows_the_data(make_config, images_dir):
 
 def test_example_names_hold_the_captions_of_the_examples(make_config):
     task = create_task(make_config("contrastive"))
-    samples = task.examples(5)
+    samples = list((task.val_data or task.train_data).examples(5))
     names = task.example_names(samples)
     assert len(samples) == 5
     assert len(set(names)) == len(names)

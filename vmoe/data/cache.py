@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -133,8 +132,5 @@ def _read(
 
 def _estimate(dataset: ImageDataset) -> float:
     """Bytes of all images, from those of some at equal distances."""
-    total, chosen = 0, np.linspace(0, len(dataset) - 1, min(SAMPLED, len(dataset))).round().astype(int).tolist()
-    for index in chosen:
-        with suppress(BadSample):
-            total += 3 * math.prod(dataset[index].image.size)
-    return total * len(dataset) / len(chosen)
+    total = sum(3 * math.prod(sample.image.size) for sample in dataset.examples(SAMPLED))
+    return total * len(dataset) / min(SAMPLED, len(dataset))

@@ -2,11 +2,13 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from vmoe.data.fingerprint import Fingerprint
@@ -87,6 +89,17 @@ class ImageDataset(ABC):
     def captions(self) -> list[str] | None:
         """All captions, read now, as `read_captions`; None where the data set has none."""
         return self.read_captions(range(len(self))) if self.has_captions else None
+
+    def spread(self, number: int) -> list[int]:
+        """The indices of so many samples at equal distances, from the first to the last; of all if there are fewer."""
+        last = len(self) - 1
+        return torch.linspace(0, last, min(number, len(self))).round().long().clamp(max=last).tolist()
+
+    def examples(self, number: int) -> Iterator[Sample]:
+        """The samples of `spread` that can be read."""
+        for index in self.spread(number):
+            with suppress(BadSample):
+                yield self[index]
 
     def file_of(self, index: int) -> tuple[str, Path] | None:
         """An image's file: its name within the data set (with `/`), and its path; None where it has no file."""

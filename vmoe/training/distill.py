@@ -186,9 +186,8 @@ class Distiller:
             text += f", asked for {len(self.columns)} of ImageNet's classes"
         if data is None or data.classes is None or not self.settings.weight or hasattr(self, "tokenizers"):
             return text
-        indices = torch.linspace(0, len(data) - 1, min(PREVIEW, len(data))).round().long().tolist()
         reading = LoaderConfig(batch_size=20, num_workers=0, on_bad="skip")
-        loader = eval_loader(data, build_transform(self.theirs, None), None, reading, indices=indices)
+        loader = eval_loader(data, build_transform(self.theirs, None), None, reading, indices=data.spread(PREVIEW))
         found = predict(self._scores, SynchronizedBatches(loader, self.teacher), device=self.device)
         return f"{text}, top1 {found.results()['top1']:.3f} on {len(found.index_N)} images of data.val"
 

@@ -8,7 +8,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from vmoe.data import BadSample, EvalLoader, LoaderConfig, Transform, build_mixup, eval_loader
+from vmoe.data import EvalLoader, LoaderConfig, Transform, build_mixup, eval_loader
 from vmoe.data.build import applies_orientation, build_dataset, with_orientation
 from vmoe.data.cache import CacheTooSmall, cache_images
 from vmoe.data.loader import batches_of
@@ -165,27 +164,16 @@ class Task:
         """Further metrics for the log."""
         return {}
 
-    def examples(self, number: int) -> list[Any]:
-        """Some readable samples of the validation (or training) data, which process 0 reads for all."""
-        data, samples = self.val_data or self.train_data, []
-
-        def read() -> list[Any]:
-            for index in torch.linspace(0, len(data) - 1, min(number, len(data))).round().long().tolist():
-                with suppress(BadSample):
-                    samples.append(data[index])
-            return samples
-
-        return from_first(read)
-
     def draw_examples(self, model: nn.Module, file: Path) -> bool:
-        """Draws examples, their most probable names, and the expert of each patch; returns whether it did.
+        """Draws some of the validation (or training) data, the most probable names, and the expert of each patch.
 
-        All processes call it, and the first one writes the file: they draw together if the model is sharded. If it
-        fails, a warning says why.
+        Returns whether it did; if it fails, a warning says why. All processes call it, and the first one writes the
+        file: they draw together if the model is sharded.
         """
         first, evaluate = world()[0] == 0, self.config.evaluate
         try:
-            samples = self.examples(evaluate.examples)
+            data = self.val_data or self.train_data
+            samples = from_first(lambda: list(data.examples(evaluate.examples)))  # process 0 reads them for all
             if samples and (first or is_sharded(model)):
                 templates = evaluate.templates if self.tokenizer is not None else None
                 names = self.example_names(samples)

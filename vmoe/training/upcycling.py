@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vmoe.data import BadSample, build_transform
+from vmoe.data import build_transform
 from vmoe.data.dataset import ImageDataset
 from vmoe.models.factory import create_model, get_tokenizer, is_contrastive, preprocess_config
 from vmoe.models.upcycle import upcycle
@@ -68,18 +68,12 @@ def _like(first: nn.Module, other: nn.Module) -> nn.Module:
 def examples(model: nn.Module, data: ImageDataset, number: int) -> list[Any]:
     """Batches of readable examples from everywhere in a data set, as the model evaluates them: (B, C, H, W) images,
     for image-text models with the tokens of their captions."""
-    transform, captions, images = build_transform(preprocess_config(model), None), [], []
-    for index in torch.linspace(0, len(data) - 1, min(number, len(data))).round().long().tolist():
-        try:
-            sample = data[index]
-        except BadSample:
-            continue
-        images.append(transform(sample.image))
-        captions.append(sample.caption)
-    if not images:
+    transform = build_transform(preprocess_config(model), None)
+    pairs = [(transform(sample.image), sample.caption) for sample in data.examples(number)]
+    if not pairs:
         raise ValueError(f"none of {number} examples for the clusters can be read")
-    tokens: list[Tensor] = []
-    if is_contrastive(model):
-        tokens = list(get_tokenizer(model)(captions).split(BATCH))
+    images, captions = zip(*pairs)
     batches = torch.stack(images).split(BATCH)
-    return list(zip(batches, tokens, strict=True)) if tokens else list(batches)
+    if not is_contrastive(model):
+        return list(batches)
+    return list(zip(batches, get_tokenizer(model)(list(captions)).split(BATCH), strict=True))
