@@ -1,13 +1,10 @@
 """Emoji as a data set that needs no download: OpenMoji's images (CC BY-SA 4.0) with their English names or groups."""
 
 import functools
-import hashlib
 import io
 import logging
 import os
-import re
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -26,14 +23,10 @@ logger = logging.getLogger("vmoe.data")
 
 # Emoji of a later version are skipped, so that a newer package changes neither the data set nor its splits.
 EMOJI_VERSION = 17
-VAL_SHARE = 0.2
 NEEDED = ("demo", "the emoji data need")  # the extra, for `import_optional`
-HELD_OUT_FILE = Path(__file__).with_name("emoji_held_out.txt")
 GROUPS_FILE = Path(__file__).with_name("emoji_groups.txt")
 CACHE_FORMAT = 1  # raise it whenever the drawing below changes
 
-_TONE = re.compile(r"\b(light|medium light|medium|medium dark|dark) skin tone\b")
-_PERSONS = frozenset({"man", "woman", "person", "men", "women", "people"})
 _VARIATION_SELECTOR = "\ufe0f"  # asks for the coloured form; packages disagree on where to write it
 
 
@@ -43,17 +36,6 @@ class Emoji(NamedTuple):
     code: str  # code points as OpenMoji's file name writes them ("1F468-1F3FB-200D-1F527")
     name: str  # English name, case as in CLDR, hyphens as spaces ("man mechanic light skin tone")
     group: str  # Unicode's group ("People & Body")
-
-    @property
-    def base(self) -> str:
-        """The name without its skin tones ("man mechanic"); "dark skin tone" itself is a base."""
-        return " ".join(_TONE.sub(" ", self.name).split()) or self.name
-
-    @property
-    def family(self) -> str:
-        """The base without persons and direction: "student" for "man student", which may look the same."""
-        parts = self.base.removesuffix(" facing right").split()
-        return " ".join(part for part in parts if part not in _PERSONS) or self.base
 
 
 @functools.cache
@@ -76,23 +58,11 @@ def list_emoji() -> tuple[Emoji, ...]:
     return tuple(sorted(found))
 
 
-def read_held_out() -> set[str]:
-    """Codes of the 400 skin-tone compositions that are kept out of training; docs/data.md says how they were chosen."""
-    lines = HELD_OUT_FILE.read_text(encoding="utf-8").splitlines()
+def read_codes(split: str) -> set[str]:
+    """Codes of the emoji that are kept out of training: "held_out", the 400 skin-tone compositions of the pairs, or
+    "val" of the groups; docs/data.md says how they were chosen."""
+    lines = Path(__file__).with_name(f"emoji_{split}.txt").read_text(encoding="utf-8").splitlines()
     return {line.split("\t")[0] for line in lines if not line.startswith("#")}
-
-
-def choose_val(emoji: Sequence[Emoji]) -> set[str]:
-    """Codes of the validation part of the groups' task: VAL_SHARE of each group's families, at least one."""
-    families = defaultdict(set)
-    for one in emoji:
-        families[one.group].add(one.family)
-    val = set()
-    for names in families.values():
-        # A hash looks random and is the same on every machine and with every library version.
-        ranked = sorted(names, key=lambda name: hashlib.sha256(f"0 {name}".encode()).digest())
-        val.update(ranked[: max(1, round(VAL_SHARE * len(ranked)))])
-    return {one.code for one in emoji if one.family in val}
 
 
 class EmojiImages(ImageDataset):
@@ -102,7 +72,8 @@ class EmojiImages(ImageDataset):
 
     def __init__(self, source: SourceConfig) -> None:
         everything, self.has_captions = list_emoji(), source.type == "emoji"
-        other, codes = ("held_out", read_held_out()) if self.has_captions else ("val", choose_val(everything))
+        other = "held_out" if self.has_captions else "val"
+        codes = read_codes(other)
         parts = [other if one.code in codes else "train" for one in everything]
         self.indices = [index for index, part in enumerate(parts) if source.split in (part, "all")]
         self.emoji = [everything[index] for index in self.indices]
