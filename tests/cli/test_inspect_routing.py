@@ -168,7 +168,7 @@ def test_fields_of_the_data_without_a_type_change_those_of_the_run(run, tmp_path
     (folder / "config.yaml").write_text("data: {val: {type: emoji_groups, split: val, image_size: 16}}")
     given = []
 
-    def stop(source):
+    def stop(source, _setting):
         given.append(source)
         raise BadSample("x", "is not read here")
 

@@ -29,6 +29,23 @@ def test_an_unknown_type_is_refused():
         build_dataset(SourceConfig("video"))
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (SourceConfig("image_folder", "gone"), "data.train.path gone: no such folder; check the data source's path"),
+        (
+            SourceConfig("pairs", "gone.csv"),
+            "data.train.path gone.csv: cannot be read (No such file",
+        ),
+        (SourceConfig("torchvision", "x", name="LSUN"), "data.train: name must be a data set of torchvision that"),
+    ],
+)
+def test_errors_begin_with_the_setting(source, message):
+    with pytest.raises(ValueError) as error:
+        build_dataset(source, "data.train")
+    assert str(error.value).startswith(message)
+
+
 def test_every_type_reads_files_as_the_settings_say(tmp_path, monkeypatch, photo):
     """Its EXIF data say that the image, 20 x 10, stands on its side; shards and Parquet files hold the same file."""
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs datasets")

@@ -117,7 +117,7 @@ def test_what_cannot_be_compared_is_refused(checkpoint, images, monkeypatch, cap
     for name, what in (("label_sets", "several right labels"), ("conditions", "several conditions")):
         dataset = build_dataset(SourceConfig(type="image_folder", path=str(folder)))
         setattr(dataset, name, [(0,)] * NUM_IMAGES)
-        monkeypatch.setattr(benchmark, "build_dataset", lambda _, dataset=dataset: dataset)
+        monkeypatch.setattr(benchmark, "build_dataset", lambda *_, dataset=dataset: dataset)
         assert _run(checkpoint, folder) == 2
         assert f"data of type 'image_folder' has {what}" in capsys.readouterr().err
 
@@ -129,7 +129,7 @@ def test_the_data_sets_crop_is_kept(checkpoint, images, monkeypatch):
     plain = benchmark.compare(config, Console(quiet=True))
     dataset = build_dataset(config.data)
     dataset.crop_pct = 0.3
-    monkeypatch.setattr(benchmark, "build_dataset", lambda _: dataset)
+    monkeypatch.setattr(benchmark, "build_dataset", lambda *_: dataset)
     cropped = benchmark.compare(config, Console(quiet=True))
     assert cropped != plain
     assert benchmark.agree(cropped)

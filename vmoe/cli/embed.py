@@ -68,7 +68,8 @@ def run(config: EmbedConfig) -> None:
     console = make_console()
     loaded = load_model(config.checkpoint, config.device, config.precision)
     if config.images is None:
-        dataset = build_dataset(with_orientation(config.data) if loaded.exif_orientation else config.data)
+        source = with_orientation(config.data) if loaded.exif_orientation else config.data
+        dataset = build_dataset(source, "data")
     else:
         dataset = ImageFiles(".", [str(file) for file in files])
         dataset.reading = Reading(loaded.exif_orientation)

@@ -75,7 +75,7 @@ def _run(config: EvaluationConfig, console: Console | None) -> dict[str, Any]:
         raise ConfigError(f"output {target} lies in a checkpoint, which another file would damage: give another file")
     if rank == 0:
         _check_files(config, target)
-    dataset = build_dataset(config.data)
+    dataset = build_dataset(config.data, "data")
     for checkpoint in config.checkpoints[1:]:  # a wrong one is found before the first is evaluated
         loaded = load_model(
             checkpoint, "cpu", weights=weights[checkpoint], experts=config.experts, loader=config.loader

@@ -105,7 +105,7 @@ def run(config: InspectConfig, console: Console | None = None) -> RoutingStatist
     if config.data.type is None:
         raise ConfigError("data has no type: set data.type")
     source = with_orientation(config.data) if loaded.exif_orientation else config.data
-    dataset = build_dataset(source)
+    dataset = build_dataset(source, "data")
     if config.templates is not None and (loaded.tokenizer is None or dataset.classes is None):
         raise ConfigError("templates are for image-text models and data with class names: leave them out")
     checkpoint = local_path(config.checkpoint)

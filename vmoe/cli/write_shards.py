@@ -168,7 +168,7 @@ def run(config: WriteConfig) -> None:
         raise ConfigError("source.type is missing: say which data set to write")
     from vmoe.data.build import build_dataset
 
-    dataset = build_dataset(config.source)
+    dataset = build_dataset(config.source, "source")
     shards, samples, skipped = write_shards(dataset, config.output, config.per_shard, config.on_bad)
     more = f", {skipped} bad ones skipped" if skipped else ""
     print(f"{samples} samples in {shards} shard{'s' * (shards != 1)} in {config.output}{more}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vmoe.data.config import NOT_FROM_FILES, SourceConfig
 from vmoe.data.dataset import ImageDataset
-from vmoe.data.images import MAX_PIXELS, Reading
+from vmoe.data.images import MAX_PIXELS, DataError, Reading
 from vmoe.data.sources.captions import PairsFile, PairsFolder
 from vmoe.data.sources.emoji import EmojiImages
 from vmoe.data.sources.folder import ImageFolder
@@ -36,11 +36,20 @@ SOURCES: dict[str, Callable[[SourceConfig], ImageDataset]] = {
 }
 
 
-def build_dataset(source: SourceConfig) -> ImageDataset:
-    """Opens the data set that the settings describe; ValueError: files, columns, names or splits are not there."""
-    if source.type not in SOURCES:
-        raise ValueError(f"type of a data source must be one of {', '.join(SOURCES)}, got {source.type!r}")
-    dataset = SOURCES[source.type](source)
+def build_dataset(source: SourceConfig, setting: str = "") -> ImageDataset:
+    """Opens the data set that the settings describe; `setting` is their section, such as "data.train", for errors.
+
+    ValueError: files, columns, names or splits are not there.
+    """
+    try:
+        if source.type not in SOURCES:
+            raise ValueError(f"type of a data source must be one of {', '.join(SOURCES)}, got {source.type!r}")
+        dataset = SOURCES[source.type](source)
+    except ValueError as error:
+        if not setting:
+            raise
+        is_path = source.path is not None and str(error).startswith(source.path)
+        raise DataError(f"{setting}{'.path ' if is_path else ': '}{error}") from error
     dataset.reading = Reading(bool(source.exif_orientation), source.max_pixels or MAX_PIXELS)
     return dataset
 

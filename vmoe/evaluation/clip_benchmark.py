@@ -52,7 +52,7 @@ def compare(config: EvaluationConfig, console: Console) -> list[tuple[str, float
         raise ConfigError("data.type is missing: say what to compare on")
     if config.loader.on_bad == "skip":
         raise ConfigError("loader.on_bad 'skip' cannot be compared, as CLIP_benchmark skips nothing: leave it out")
-    dataset = build_dataset(config.data)
+    dataset = build_dataset(config.data, "data")
     for name, what in (("label_sets", "several right labels"), ("conditions", "several conditions")):
         if getattr(dataset, name) is not None:
             raise ConfigError(f"data of type {config.data.type!r} has {what}, and CLIP_benchmark has no such metrics")

@@ -119,7 +119,7 @@ def fit_and_test_features(
 
     ConfigError: their classes differ. ValueError: a class that is tested has no training example.
     """
-    train_dataset = build_dataset(config.train_data)
+    train_dataset = build_dataset(config.train_data, "train_data")
     trained, tested = train_dataset.classes, test_dataset.classes
     if trained is None:
         raise ConfigError("train_data has no classes: give data with labels")

@@ -46,7 +46,8 @@ logger = logging.getLogger("vmoe.evaluation")
 def classify(config: EvaluationConfig, loaded: LoadedModel, dataset: ImageDataset, console: Console) -> Outcome:
     """Tasks "classification" and "zero_shot": accuracy and calibration, also of each class and condition."""
     loader = eval_loader(dataset, loaded.transform, None, config.loader)
-    ood_data = None if config.ood_data.type is None else build_dataset(config.ood_data)  # a mistake there comes first
+    # A mistake there comes first.
+    ood_data = None if config.ood_data.type is None else build_dataset(config.ood_data, "ood_data")
     with evaluating(loaded.model, loaded.device, loaded.precision):
         score, batches = class_scores(config, loaded, dataset), Progress(loader, config.task, console)
         predictions = predict(score, batches, device=loaded.device, label_sets=dataset.label_sets)

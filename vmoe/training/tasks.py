@@ -69,7 +69,8 @@ def with_steps(config: Config) -> Config:
 
         def count() -> int:
             """Batches of an epoch; the last, incomplete one is dropped."""
-            return batches_of(build_dataset(config.data.train), config.data.loader, config.seed).steps_per_epoch
+            dataset = build_dataset(config.data.train, "data.train")
+            return batches_of(dataset, config.data.loader, config.seed).steps_per_epoch
 
         steps = max(1, math.ceil(train.epochs * from_first(count) / train.accumulate_steps))
         if train.steps not in (None, steps):
@@ -108,10 +109,10 @@ class Task:
         check_source(config)
         if config.train.eval_every and config.data.val.type is None:
             raise ConfigError("data.val.type is missing: say what to evaluate on, or set train.eval_every to 0")
-        self.train_data = build_dataset(config.data.train)
+        self.train_data = build_dataset(config.data.train, "data.train")
         self.exif_orientation = applies_orientation(config.data.train)
         val = with_orientation(config.data.val) if self.exif_orientation else config.data.val
-        self.val_data = build_dataset(val) if config.train.eval_every else None
+        self.val_data = build_dataset(val, "data.val") if config.train.eval_every else None
         self.class_names: list[str] | None = self.train_data.classes
 
     def cache_images(self, console: Console) -> None:
