@@ -62,6 +62,8 @@ def test_the_dense_baselines_differ_in_their_experts_only():
         (["--task", "contrastive", "--data.augmentation.mixup", "0.2"], ["data.augmentation.mixup", "0"]),
         (["--task", "contrastive", "--evaluate.task", "classification"], ["evaluate.task", "zero_shot"]),
         (["--evaluate.task", "retrieval"], ["evaluate.task", "contrastive"]),
+        (["--data.val.type", "pairs"], ["data.val: data source of type 'pairs' needs a path"]),
+        (["--data.augmentation.hflip", "2"], ["error: data.augmentation.hflip must be between 0 and 1, got 2"]),
         (["--model.name", "null"], ["model.name"]),
         (["--train.epochs", ".inf"], ["train.epochs", "finite"]),
         (["--optim.lr", ".inf"], ["optim.lr", "finite"]),

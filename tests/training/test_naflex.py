@@ -127,9 +127,9 @@ def test_errors(config_of, tmp_path):
     wrong = {
         r"data.loader.naflex\) needs a NaFlexVit of timm's": {"model.name": "softmoe_tiny_patch8_48"},
         "mixup or cutmix needs images of one size": {"data.augmentation.mixup": 0.5},
-        r"data.loader.naflex.tokens_per_batch\) must hold .* 12": {"data.loader.naflex.tokens_per_batch": 11},
+        r"data.loader.naflex.tokens_per_batch must hold .* 12": {"data.loader.naflex.tokens_per_batch": 11},
         "200 images of 6 patches .* 12 .*: make data.loader.naflex.tok": {"data.loader.naflex.tokens_per_batch": 1200},
-        r"data.loader.naflex.seq_lens\) must be whole numbers >= 1": {"data.loader.naflex.seq_lens": "[0]"},
+        r"data.loader.naflex.seq_lens must be whole numbers >= 1": {"data.loader.naflex.seq_lens": "[0]"},
     }
     for message, changed in wrong.items():
         with pytest.raises(ValueError, match=message):

@@ -189,11 +189,6 @@ class AugmentationConfig:
             raise ValueError("crop_padding replaces scale and ratio: leave these out, or crop_padding")
 
 
-def naflex_key(name: str = "") -> str:
-    """A setting's key in both programs, for messages."""
-    return f"loader.naflex{name} (in training data.loader.naflex{name})"
-
-
 @dataclass
 class NaFlexConfig:
     """Images of their own shape, as patches: for models of timm's NaFlexVit, such as vmoe_naflex_base_patch16.
@@ -211,10 +206,10 @@ class NaFlexConfig:
     def __post_init__(self) -> None:
         check_types(self, "naflex.")
         if not self.seq_lens or min(self.seq_lens) < 1 or len(set(self.seq_lens)) < len(self.seq_lens):
-            raise ValueError(f"{naflex_key('.seq_lens')} must be whole numbers >= 1, each once, got {self.seq_lens}")
+            raise ValueError(f"seq_lens must be whole numbers >= 1, each once, got {self.seq_lens}")
         if self.tokens_per_batch < (longest := max(self.seq_lens)):
-            problem = f"{naflex_key('.tokens_per_batch')} must hold the longest of seq_lens, {longest} patches"
-            raise ValueError(f"{problem}, got {self.tokens_per_batch}")
+            problem = f"must hold the longest of seq_lens, {longest} patches"
+            raise ValueError(f"tokens_per_batch {problem}, got {self.tokens_per_batch}")
 
 
 @dataclass

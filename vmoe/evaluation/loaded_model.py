@@ -13,7 +13,6 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vmoe.data import AugmentationConfig, LoaderConfig, Transform, build_transform
-from vmoe.data.config import naflex_key
 from vmoe.data.naflex import NaFlexTransform, build_naflex
 from vmoe.evaluation.inference import pick_device
 from vmoe.evaluation.zero_shot import Template, feature_scorer
@@ -89,8 +88,8 @@ def image_transform(
         return build_transform(preprocess, augmentation)
     if not isinstance(vit := unwrap_model(model), NaFlexVit):
         known = "such as vmoe_naflex_base_patch16 or an upcycled naflexvit_base_patch16_gap"
-        problem = f"{naflex_key()} needs a NaFlexVit of timm's, {known}, got {type(vit).__name__}"
-        raise ConfigError(f"{problem}: leave it out")
+        problem = f"needs a NaFlexVit of timm's, {known}, got {type(vit).__name__}"
+        raise ConfigError(f"loader.naflex (in training data.loader.naflex) {problem}: leave it out")
     patches = vit.embeds.patch_size, vit.embeds.channels_last
     return build_naflex(preprocess, augmentation, loader.naflex.seq_lens, *patches)
 

@@ -93,7 +93,7 @@ def read_config(config_class: type[ConfigT], argv: Sequence[str], folder: str = 
             raise ConfigError(printable(f"{where}: {error}")) from None
     try:
         return _build(config_class, settings)
-    except ValueError as error:  # also of the dataclasses' own checks
+    except ConfigError as error:  # also of the dataclasses' own checks
         raise ConfigError(printable(error)) from None
 
 
@@ -168,8 +168,8 @@ def _merge(settings: dict[str, Any], update: dict[str, Any], config_class: type 
             settings[name] = value
 
 
-def _build(config_class: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
-    """The dataclass from nested settings that are converted already."""
+def _build(config_class: type[ConfigT], settings: dict[str, Any], section: str = "") -> ConfigT:
+    """The dataclass from nested settings that are converted already; names its `section` in a ValueError of its own."""
     required = [one.name for one in dataclasses.fields(config_class) if one.default is one.default_factory]
     if missing := [name for name in required if name not in settings]:
         remedy = f"give it in the config file or as --{missing[0]} VALUE"
@@ -177,8 +177,14 @@ def _build(config_class: type[ConfigT], settings: dict[str, Any]) -> ConfigT:
     values = dict(settings)
     for name, annotation in fields_of(config_class).items():
         if section_of(annotation) and isinstance(values.get(name), dict):
-            values[name] = _build(section_of(annotation), values[name])
-    return config_class(**values)
+            values[name] = _build(section_of(annotation), values[name], f"{section}.{name}" if section else name)
+    try:
+        return config_class(**values)
+    except ConfigError:  # it has the section's name
+        raise
+    except ValueError as error:
+        about_field = str(error).split(" ")[0] in fields_of(config_class)  # "hflip must be ..."
+        raise ConfigError(f"{section}{'.' if about_field else ': '}{error}" if section else str(error)) from error
 
 
 def _unknown(key: str, config_class: type, prefix: str = "") -> str:
