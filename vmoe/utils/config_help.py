@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from docstring_parser import parse
@@ -52,37 +53,30 @@ def format_help(config_class: type, prog: str, description: str, topic: str = ""
     """
     listed = list(list_settings(config_class))
     sections = {one.key: one for one in listed if section_of(one.annotation)}
-    settings = [one for one in listed if one.key not in sections]
     if topic not in ("", "all", *sections):
         raise ValueError(f"no section is called {topic!r}: --help takes all, {', '.join(sections)}")
+    inside = {key: [one for one in listed if one.section == key and one.key not in sections] for key in ["", *sections]}
     usage = f"{prog} [--config FILE] [--SETTING VALUE ...]"
-    parser = argparse.ArgumentParser(prog, usage, description, add_help=False, formatter_class=_Formatter)
+    narrow = partial(argparse.HelpFormatter, max_help_position=20)
+    parser = argparse.ArgumentParser(prog, usage, description, add_help=False, formatter_class=narrow)
+    short = not topic and bool(sections)
     if topic in ("", "all"):
         own = parser.add_argument_group("settings")
         words = "YAML file with settings, or the bare name of a shipped config; later ones win."
         own.add_argument("--config", metavar="FILE", help=words)
-    short = topic == "" and sections
-    for one in settings:
-        if one.section == "" and topic in ("", "all"):
+        for one in inside[""]:
             _add(own, one, short)
     if short:
-        _add_sections(parser, settings)
+        _add_sections(parser, {key: inside[key] for key in sections if inside[key]})
         example = list(sections)[-1]
         parser.epilog = f"--help SECTION describes its settings, as in --help {example}; --help all lists all."
-        return parser.format_help()
     for key, section in sections.items():
-        inside = [one for one in settings if one.section == key]
-        if inside and (topic == "all" or f"{key}.".startswith(f"{topic}.")):
+        if inside[key] and topic and (topic == "all" or f"{key}.".startswith(f"{topic}.")):
             about = section.words or parse(section_of(section.annotation).__doc__ or "").short_description
             group = parser.add_argument_group(key, about)
-            for one in inside:
+            for one in inside[key]:
                 _add(group, one)
     return parser.format_help()
-
-
-class _Formatter(argparse.HelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=20)
 
 
 def _add(group: argparse._ArgumentGroup, setting: Setting, short: bool = False) -> None:
@@ -98,15 +92,11 @@ def _add(group: argparse._ArgumentGroup, setting: Setting, short: bool = False) 
     group.add_argument(f"--{setting.key}", metavar=metavar, help=words)
 
 
-def _add_sections(parser: argparse.ArgumentParser, settings: list[Setting]) -> None:
+def _add_sections(parser: argparse.ArgumentParser, sections: dict[str, list[Setting]]) -> None:
     """A line for each section with the names of its settings; sections with the same settings share one."""
-    names: dict[str, list[str]] = {}
-    for one in settings:
-        if one.section:
-            names.setdefault(one.section, []).append(one.key.rpartition(".")[2])
     sharing: dict[str, list[str]] = {}
-    for section, inside in names.items():
-        sharing.setdefault(", ".join(inside), []).append(section)
+    for section, inside in sections.items():
+        sharing.setdefault(", ".join(one.key.rpartition(".")[2] for one in inside), []).append(section)
     group = parser.add_argument_group("sections, with their settings (--SECTION.SETTING VALUE)")
-    for inside, sharers in sharing.items():
-        group.add_argument(sharers[0], metavar=", ".join(sharers), help=inside)
+    for names, sharers in sharing.items():
+        group.add_argument(sharers[0], metavar=", ".join(sharers), help=names)
