@@ -41,18 +41,18 @@ class DataError(ValueError):
 
 
 @contextmanager
-def file_errors(where: str | Path, remedy: str = "") -> Iterator[None]:
-    """Turns the errors of reading a file into a DataError that starts with `where` and ends in `remedy`."""
+def file_errors(where: str | Path, remedy: str = "", kind: type[ValueError] = DataError) -> Iterator[None]:
+    """Turns the errors of reading a file into one of a `kind` that starts with `where` and ends in `remedy`."""
     try:
         yield
-    except DataError:
+    except kind:
         raise
     except OSError as error:
-        raise DataError(f"{where}: cannot be read ({error.strerror}){remedy}") from None
+        raise kind(f"{where}: cannot be read ({error.strerror or error}){remedy}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        raise kind(f"{where}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except ValueError as error:
-        raise DataError(f"{where}: {error}{remedy}") from None
+        raise kind(f"{where}: {error}{remedy}") from None
 
 
 class BadSample(Exception):

@@ -11,12 +11,12 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmoe.data.images import file_errors
 from vmoe.evaluation.class_names import check_same_classes
 from vmoe.moe import LayerRouting, RoutingRecord, SparseMoE
 from vmoe.moe.layer import routers_where
@@ -51,18 +51,13 @@ def cluster_classes(confusion_CC: Tensor, number: int) -> list[int]:
 
 def read_superclasses(source: str, classes: Sequence[str], number: int) -> list[int]:
     """The super-class of each class by the setting `source`; ConfigError: it does not say it for these classes."""
-    file = Path(source)
-    try:
-        text = read_text(file)
-        if file.suffix == ".csv":
+    where = f"{SOURCE} {source}"
+    with file_errors(where, f"; {SOURCE_REMEDY}", ConfigError):
+        text = read_text(source)
+    with file_errors(where, kind=ConfigError):
+        if source.endswith(".csv"):
             return cluster_classes(_confusion(text, classes), number)
         return _given(parse_json(text), classes, number)
-    except ConfigError:
-        raise
-    except OSError as error:
-        raise ConfigError(f"{SOURCE} {file}: cannot be read ({error.strerror or error}); {SOURCE_REMEDY}") from None
-    except ValueError as error:
-        raise ConfigError(f"{SOURCE} {file}: {error}") from None
 
 
 def _confusion(text: str, classes: Sequence[str]) -> Tensor:
