@@ -185,7 +185,7 @@ def serve() -> None:
 
 def show_evaluations(file: Path) -> None:
     """Lets a file be there during evaluations, so that a kill can hit one."""
-    from vmoe.training.tasks import Classification
+    from vmoe.training.objectives import Classification
 
     evaluate = Classification.evaluate
 

@@ -95,7 +95,7 @@ def batches(kind: str) -> list[dict[str, torch.Tensor]]:
 
 
 def loss_of(module: nn.Module, batch: dict[str, torch.Tensor], criterion: nn.Module) -> torch.Tensor:
-    """The loss of the process's part of a batch, as `vmoe.training.tasks` computes it."""
+    """The loss of the process's part of a batch, as `vmoe.training.objectives` computes it."""
     if "label" in batch:
         return nn.functional.cross_entropy(module(batch["image"]), batch["label"])
     return criterion(*module(batch["image"], batch["text"]))

@@ -12,7 +12,7 @@ from vmoe.evaluation.retrieval import RECALL_NAMES, retrieval_recall
 from vmoe.models.manifest import find_problems, list_checkpoints, step_of
 from vmoe.models.serialization import find_weights
 from vmoe.training.best import BestWatch
-from vmoe.training.tasks import Classification
+from vmoe.training.objectives import Classification
 from vmoe.utils.config import ConfigError
 
 from .test_trainer import _path, ctrl_c, fail, interrupt_after, metrics_of, run

@@ -20,11 +20,11 @@ from vmoe.data import BadSample, SourceConfig
 from vmoe.data.sources.folder import ImageFolder
 from vmoe.evaluation.config import EvaluationConfig
 from vmoe.models.manifest import list_checkpoints, step_of
-from vmoe.training import tasks
+from vmoe.training import objectives
 from vmoe.training.checkpoint import CheckpointError
 from vmoe.training.diagnosis import NonFiniteError
 from vmoe.training.logger import read_metrics
-from vmoe.training.tasks import Classification
+from vmoe.training.objectives import Classification
 from vmoe.training.trainer import Prefetch, Stopped, locked_folder, train
 from vmoe.training.watches import CollapseWatch
 from vmoe.utils.config import ConfigError
@@ -460,7 +460,7 @@ def test_a_run_is_complete_before_its_examples_are_drawn(make_config, monkeypatc
         seen.extend(path.name for path in _path(config).iterdir())
         raise RuntimeError("the font is broken")
 
-    monkeypatch.setattr(tasks, "example_figure", fail)
+    monkeypatch.setattr(objectives, "example_figure", fail)
     summary, printed = run(config)
     assert "summary.json" in seen
     assert summary == json.loads((_path(config) / "summary.json").read_text())

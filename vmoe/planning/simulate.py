@@ -140,7 +140,7 @@ def simulate_step(model: nn.Module, batch_size: int, loss: str = "softmax", num_
 
 
 def task_loss(output: Tensor | tuple | dict, loss: str, num_processes: int = 1) -> Tensor:
-    """The loss of the task as in `vmoe.training.tasks`, with copies of the features instead of other processes'."""
+    """The loss as in `vmoe.training.objectives`, with copies of the features instead of other processes'."""
 
     def cross_entropy(logits: Tensor) -> Tensor:
         return F.cross_entropy(logits, torch.zeros(logits.shape[0], dtype=torch.long, device=logits.device))

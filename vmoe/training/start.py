@@ -10,7 +10,7 @@ from torch import nn
 
 from vmoe.training.config import Config
 from vmoe.training.distill import without_projection
-from vmoe.training.tasks import Task
+from vmoe.training.objectives import Task
 from vmoe.utils.world import world
 
 

@@ -46,6 +46,7 @@ from vmoe.training.diagnosis import NonFiniteError, find_non_finite
 from vmoe.training.distill import Distiller
 from vmoe.training.large_batch import LargeBatch
 from vmoe.training.logger import MetricsLog, expert_metrics, routing_metrics
+from vmoe.training.objectives import create_task, with_steps
 from vmoe.training.optim import carry_over_optimizer, choose_trained, create_ema, create_optimizer, create_schedule
 from vmoe.training.progress import ProgressBar, final_table, say
 from vmoe.training.run_dir import (
@@ -57,7 +58,6 @@ from vmoe.training.run_dir import (
 )
 from vmoe.training.signals import Stopped, StopRequest, interruptible
 from vmoe.training.start import start_lines
-from vmoe.training.tasks import create_task, with_steps
 from vmoe.training.wandb_logger import WandbLog, check_wandb
 from vmoe.training.watches import CollapseWatch, DataWatch
 from vmoe.utils.config import ConfigError

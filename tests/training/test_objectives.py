@@ -21,8 +21,8 @@ from vmoe.models.serialization import WeightsError
 from vmoe.moe import quantize_experts
 from vmoe.training.config import Config, to_yaml
 from vmoe.training.distill import Distiller
+from vmoe.training.objectives import create_task, with_steps
 from vmoe.training.optim import freeze
-from vmoe.training.tasks import create_task, with_steps
 from vmoe.training.trainer import train
 from vmoe.utils.config import ConfigError, read_config
 from vmoe.utils.meta import meta_device
@@ -339,7 +339,7 @@ def test_templates_are_checked_where_a_model_has_no_values(make_config, images_d
     """In a sharded run all processes but the first build their model so."""
     settings = {"data.val.type": "image_folder", "data.val.path": str(images_dir / "folders"), "train.eval_every": 1}
     task = create_task(make_config("contrastive", **settings, **{"evaluate.templates": ["a photo of a {}"]}))
-    monkeypatch.setattr("vmoe.training.tasks.from_first", lambda make: 2.0)  # the first process has the value
+    monkeypatch.setattr("vmoe.training.objectives.from_first", lambda make: 2.0)  # the first process has the value
     with meta_device():
         model = task.create_model(None)
     assert next(model.parameters()).is_meta

@@ -1,4 +1,4 @@
-"""The tasks: their data (both sets), tokenizer, loss and evaluation."""
+"""What a run trains for: the tasks with their data (both sets), tokenizer, loss and evaluation."""
 
 from __future__ import annotations
 
