@@ -124,7 +124,7 @@ def test_values_come_back_from_the_command_line_as_they_are(lab):
         ({"seeds": ["a"]}, "seeds[0] must be"),
         ({"baseline": "ghost"}, "baseline 'ghost' is none of the runs: dense, sparse"),
         ({"runs": {"dense": {"optim.lrr": 1}}}, "run 'dense': command line: unknown key 'optim.lrr'"),
-        ({"runs": {"dense": {"optim.lr": -1}}}, "run 'dense': optim.lr must be > 0, got -1"),
+        ({"runs": {"dense": {"optim.lr": -1}}}, "run 'dense': optim.lr must be > 0 and finite, got -1"),
         ({"runs": {"dense": {"train.precision": "auto"}}}, "run 'dense': train.precision is auto, which depends on"),
         ({"runs": {"dense": [1]}}, "runs.dense must be settings of train.py"),
         (

@@ -340,7 +340,7 @@ def test_a_classifier_does_not_teach_pairs(make_config, teacher):
     ("kind", "settings", "message"),
     [
         ("classification", {"teacher": "t", "weight": 1.5}, "train.distill.weight must be >= 0 and <= 1, got 1.5"),
-        ("classification", {"teacher": "t", "temperature": 0}, "train.distill.temperature must be > 0, got 0"),
+        ("classification", {"teacher": "t", "temperature": 0}, "distill.temperature must be > 0 and finite, got 0"),
         ("classification", {"teacher": "t", "features": -1}, "train.distill.features must be >= 0, got -1"),
         ("classification", {"teacher": "t", "image_size": 0}, "train.distill.image_size must be >= 1, got 0"),
         ("classification", {"weight": 0.9}, "train.distill.teacher is missing"),

@@ -289,7 +289,7 @@ def test_steps_follow_from_epochs(make_config, tmp_path):
             {"train.epochs": 2, "train.steps": 7},
             r"train.steps is 7, and train.epochs 2 makes 6 steps; give one of them",
         ),
-        ({"train.epochs": 0, "train.steps": None}, "train.epochs must be > 0, got 0"),
+        ({"train.epochs": 0, "train.steps": None}, "train.epochs must be > 0 and finite, got 0"),
         ({"train.epochs": 2, "optim.warmup_steps": 6, "train.steps": None}, r"must be < train.steps \(6\), got 6"),
         ({"train.epochs": 2, "data.train.type": None, "train.steps": None}, "data.train.type is missing"),
     ],

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vmoe.utils.config import ConfigError, check_types
+from vmoe.utils.config import ConfigError, check_numbers, check_types
 
 # A setting that the type does not read is a mistake.
 FIELDS_OF_SOME_TYPES = {
@@ -100,7 +99,7 @@ class SourceConfig:
                 raise ValueError(f"{name} is for {' and '.join(types)}, and type is {self.type!r}; leave it out")
         if self.type in NOT_FROM_FILES and (self.exif_orientation, self.max_pixels) != (None, None):
             raise ValueError(f"exif_orientation and max_pixels are for image files, and type is {self.type!r}")
-        _check_range(self, ("shuffle_buffer", "streams", "max_pixels", "image_size"), 1)
+        check_numbers(self, dict.fromkeys(("shuffle_buffer", "streams", "max_pixels", "image_size"), 1))
         if self.delimiter == r"\t":  # as a shell gives it
             self.delimiter = "\t"
         if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n\0'):
@@ -174,10 +173,9 @@ class AugmentationConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check_range(self, ("hflip", "vflip", "grayscale_prob", "re_prob", "mixup_prob", "mixup_switch_prob"), 0, 1)
-        _check_range(self, ("color_jitter", "mixup", "cutmix"), 0)
-        _check_range(self, ("re_count",), 1)
-        _check_range(self, ("crop_padding",), 0)
+        shares = ("hflip", "vflip", "grayscale_prob", "re_prob", "mixup_prob", "mixup_switch_prob")
+        least = {"color_jitter": 0, "mixup": 0, "cutmix": 0, "re_count": 1, "crop_padding": 0}
+        check_numbers(self, dict.fromkeys(shares, (0, 1, "")) | least)
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         for name, largest in (("scale", 1), ("ratio", math.inf)):
@@ -236,9 +234,7 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _check_range(self, ("batch_size",), 1)
-        _check_range(self, ("num_workers",), 0)
-        _check_range(self, ("max_bad_share",), 0, 1)
+        check_numbers(self, {"batch_size": 1, "num_workers": 0, "max_bad_share": (0, 1, "")})
 
     def check_evaluation(self, one_size: bool = False) -> None:
         """ConfigError: a setting that only training has; with `one_size`, images of their own shapes."""
@@ -266,11 +262,3 @@ class LoaderConfig:
     def size_setting(self) -> str:
         """The setting that the sizes follow from, for messages."""
         return f"data.loader.{'batch_size' if self.naflex is None else 'naflex.tokens_per_batch'}"
-
-
-def _check_range(settings: object, names: Iterable[str], least: float, largest: float = math.inf) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not least <= value <= largest:
-            bounds = f">= {least}" if largest == math.inf else f"between {least} and {largest}"
-            raise ValueError(f"{name} must be {bounds}, got {value}")

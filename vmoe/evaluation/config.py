@@ -5,26 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Literal
 
 from vmoe.data.config import LoaderConfig, SourceConfig
-from vmoe.utils.config import ConfigError, check_types
+from vmoe.utils.config import ConfigError, check_numbers, check_types
 
 FEATURE_TASKS = ("few_shot", "linear_probe", "knn")
-
-
-def check_numbers(settings: Any, prefix: str, least: dict[str, int | None]) -> None:
-    """ConfigError unless each number is >= its least (None: > 0 and finite), and a list has some, each once.
-
-    None is no number, and is not checked.
-    """
-    for name, bound in least.items():
-        value = getattr(settings, name)
-        values = value if isinstance(value, (list, tuple)) else [value]
-        fits = [one is None or (0 < one < math.inf if bound is None else one >= bound) for one in values]
-        if not all(fits) or not values or len(set(values)) < len(values):
-            wanted = "> 0 and finite" if bound is None else f">= {bound}"
-            raise ConfigError(f"{prefix}{name} must be {wanted}{', each once' if values is value else ''}, got {value}")
 
 
 @dataclass
@@ -57,7 +43,7 @@ class FeatureConfig:
     def __post_init__(self) -> None:
         check_types(self, "features.")
         positive = dict.fromkeys(("l2", "l2_penalties", "l2_range", "temperature"))
-        check_numbers(self, "features.", {"shots": 1, "seeds": 0, "k": 1, **positive})
+        check_numbers(self, {"shots": 1, "seeds": 0, "k": 1, **positive}, "features.")
         if self.l2_range[0] > self.l2_range[1]:
             raise ConfigError(f"features.l2_range must be the least and the greatest penalty, got {self.l2_range}")
         if not 0 < self.val_share < 1:
@@ -81,7 +67,7 @@ class CapacityConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "capacity.")
-        check_numbers(self, "capacity.", {"factors": None, "images_per_group": 1, "timing_rounds": 0})
+        check_numbers(self, {"factors": None, "images_per_group": 1, "timing_rounds": 0}, "capacity.")
 
 
 @dataclass
@@ -106,7 +92,7 @@ class AdversarialConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "adversarial.")
-        check_numbers(self, "adversarial.", {"steps": 1, "step_size": None, "max_samples": 1, "seed": 0})
+        check_numbers(self, {"steps": 1, "step_size": None, "max_samples": 1, "seed": 0}, "adversarial.")
         if not self.attacks or len(set(self.attacks)) < len(self.attacks):
             raise ConfigError(f"adversarial.attacks must name at least one attack and none twice, got {self.attacks}")
         values = list(self.values.values())

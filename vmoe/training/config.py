@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from vmoe.data.config import AugmentationConfig, LoaderConfig, SourceConfig
-from vmoe.utils.config import ConfigError, check_types, parse_config, read_config
+from vmoe.utils.config import ConfigError, check_numbers, check_types, parse_config, read_config
 
 # Settings that may change when a run continues: they do not change what a step computes.
 CHANGEABLE = (
@@ -30,26 +30,21 @@ CHANGEABLE = (
 
 STEPS = 1000  # of a run with neither train.steps nor train.epochs
 
-# {setting: (least value, largest value or None, what null does)}; above 0 where the least value is None
+# As `check_numbers` takes them.
 RANGES = {
-    **{f"optim.{key}": (0, None, "") for key in ("warmup_steps", "warmup_lr", "min_lr", "weight_decay")},
-    **dict.fromkeys(("seed", "train.eval_every", "train.collapse_after", "evaluate.examples"), (0, None, "")),
-    **{f"train.{key}": (1, None, "") for key in ("steps", "accumulate_steps", "log_every", "checkpoint_every")},
-    **dict.fromkeys(("train.keep_last", "evaluate.batch_size"), (1, None, "")),
-    "train.epochs": (None, None, ""),
+    **dict.fromkeys([f"optim.{key}" for key in ("warmup_steps", "warmup_lr", "min_lr", "weight_decay")], 0),
+    **dict.fromkeys(("seed", "train.eval_every", "train.collapse_after", "evaluate.examples"), 0),
+    **dict.fromkeys([f"train.{key}" for key in ("steps", "accumulate_steps", "log_every", "checkpoint_every")], 1),
+    **dict.fromkeys(("train.keep_last", "evaluate.batch_size", "lora.r"), 1),
+    **dict.fromkeys(("train.epochs", "optim.lr", "lora.alpha", "data.cache_gb", "train.superclasses.weight"), None),
     "train.patience": (1, None, "; null never stops early"),
-    "optim.lr": (None, None, ""),
-    "lora.r": (1, None, ""),
-    "lora.alpha": (None, None, ""),
     "optim.layer_decay": (None, 1, "; null gives all layers the same learning rate"),
     "train.clip_grad_norm": (None, None, "; null does not clip"),
     "train.ema_decay": (None, 1, "; null keeps no moving average"),
     "train.max_minutes": (None, None, "; null sets no limit"),
-    "data.cache_gb": (None, None, ""),
     "train.distill.weight": (0, 1, ""),
-    "train.distill.temperature": (None, None, ""),
-    "train.distill.features": (0, None, ""),
-    "train.superclasses.weight": (None, None, ""),
+    "train.distill.temperature": None,
+    "train.distill.features": 0,
     "train.distill.image_size": (1, None, "; null takes the teacher's own"),
     "parallel.timeout": (1, 30 * 24 * 3600, ""),
 }
@@ -320,15 +315,7 @@ class Config:
         check_types(self)
         if self.model.name is None and self.model.pretrained is None:
             raise ConfigError("model.name is missing: give a model's name, or model.pretrained to take it from a file")
-        for key, (least, largest, null) in RANGES.items():
-            value = attrgetter(key)(self)
-            if value == math.inf and largest is None and not null:
-                raise ConfigError(f"{key} must be finite, got {value}")
-            above = value is None or (value > 0 if least is None else value >= least)
-            if not above or (value is not None and largest is not None and value > largest):
-                low = "> 0" if least is None else f">= {least}"
-                high = "" if largest is None else f" and <= {largest}"
-                raise ConfigError(f"{key} must be {low}{high}, got {value}{null}")
+        check_numbers(self, RANGES)
         for message, wrong in (self._conflicts() | self._task_conflicts()).items():
             if wrong:
                 raise ConfigError(message)

@@ -10,11 +10,13 @@ import difflib
 import functools
 import itertools
 import json
+import math
 import os
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral, Real
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -113,6 +115,25 @@ def check_types(settings: Any, prefix: str = "") -> None:
     _converted_section(settings, type(settings), prefix)
 
 
+def check_numbers(settings: Any, bounds: Mapping[str, Any], prefix: str = "") -> None:
+    """ConfigError unless settings are within {name: least} or {name: (least, largest, what null does)}.
+
+    A least of None is above 0; without a largest (None) a number is finite. None is no number, and is not checked. A
+    list has some numbers, each once.
+    """
+    for name, bound in bounds.items():
+        least, largest, null = bound if isinstance(bound, tuple) else (bound, None, "")
+        value = attrgetter(name)(settings)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        numbers = [one for one in values if one is not None]
+        above = all(one > 0 if least is None else one >= least for one in numbers)
+        below = all(one < math.inf if largest is None else one <= largest for one in numbers)
+        if not (above and below) or not values or len(set(values)) < len(values):
+            low, once = "> 0" if least is None else f">= {least}", ", each once" if values is value else ""
+            high = f" and <= {largest}" if largest is not None else " and finite" if least is None or not below else ""
+            raise ConfigError(f"{prefix}{name} must be {low}{high}{once}, got {value}{null}")
+
+
 def _print_help(config_class: type, argv: Sequence[str], prog: str, description: str) -> NoReturn:
     words = [*argv, ""]
     topic = words[next(index for index, word in enumerate(words) if word in HELP) + 1]
@@ -180,11 +201,11 @@ def _build(config_class: type[ConfigT], settings: dict[str, Any], section: str =
             values[name] = _build(section_of(annotation), values[name], f"{section}.{name}" if section else name)
     try:
         return config_class(**values)
-    except ConfigError:  # it has the section's name
-        raise
     except ValueError as error:
+        if not section or str(error).startswith(f"{section}."):
+            raise ConfigError(str(error)) from error
         about_field = str(error).split(" ")[0] in fields_of(config_class)  # "hflip must be ..."
-        raise ConfigError(f"{section}{'.' if about_field else ': '}{error}" if section else str(error)) from error
+        raise ConfigError(f"{section}{'.' if about_field else ': '}{error}") from error
 
 
 def _unknown(key: str, config_class: type, prefix: str = "") -> str:
