@@ -18,6 +18,7 @@ from vmoe.data.sources.objectnet import ObjectNet
 from vmoe.data.sources.tiny_imagenet import TinyImageNet
 from vmoe.data.sources.torchvision import TorchvisionDataset
 from vmoe.data.sources.webdataset import Shards
+from vmoe.utils.config import ConfigError
 
 SOURCES: dict[str, Callable[[SourceConfig], ImageDataset]] = {
     **dict.fromkeys(("emoji", "emoji_groups"), EmojiImages),
@@ -39,8 +40,10 @@ SOURCES: dict[str, Callable[[SourceConfig], ImageDataset]] = {
 def build_dataset(source: SourceConfig, setting: str = "") -> ImageDataset:
     """Opens the data set that the settings describe; `setting` is their section, such as "data.train", for errors.
 
-    ValueError: files, columns, names or splits are not there.
+    ValueError: files, columns, names or splits are not there. ConfigError: there is no type.
     """
+    if source.type is None and setting:
+        raise ConfigError(f"{setting}.type is missing: give one of {', '.join(SOURCES)}")
     try:
         if source.type not in SOURCES:
             raise ValueError(f"type of a data source must be one of {', '.join(SOURCES)}, got {source.type!r}")

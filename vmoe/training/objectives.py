@@ -65,7 +65,6 @@ def with_steps(config: Config) -> Config:
     train = config.train
     steps = train.steps or STEPS
     if train.epochs is not None:
-        check_source(config)
 
         def count() -> int:
             """Batches of an epoch; the last, incomplete one is dropped."""
@@ -80,12 +79,6 @@ def with_steps(config: Config) -> Config:
     config = dataclasses.replace(config, train=dataclasses.replace(train, steps=steps))
     config.check()  # the warm-up against the steps
     return config
-
-
-def check_source(config: Config) -> None:
-    """ConfigError: there is no data to train on."""
-    if config.data.train.type is None:
-        raise ConfigError("data.train.type is missing: say what to train on")
 
 
 class Task:
@@ -106,7 +99,6 @@ class Task:
 
     def __init__(self, config: Config) -> None:
         self.config, self.name = config, config.model.name or config.model.pretrained
-        check_source(config)
         if config.train.eval_every and config.data.val.type is None:
             raise ConfigError("data.val.type is missing: say what to evaluate on, or set train.eval_every to 0")
         self.train_data = build_dataset(config.data.train, "data.train")
