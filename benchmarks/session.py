@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.machine import describe, device_name, revision
 from benchmarks.measure import DTYPES, WARM_UP, Ceiling, alternate, milliseconds, ratios, synchronizer
 from vmoe.utils.allocator import keep_freed_memory
 from vmoe.utils.files import atomic_file
-from vmoe.utils.provenance import describe, device_name, revision
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

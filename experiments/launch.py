@@ -32,10 +32,10 @@ from experiments.records import (
     records_file,
     write_record,
 )
+from vmoe.data.workers import cpu_cores
 from vmoe.training.config import Config
 from vmoe.utils.config import ConfigError, read_config
 from vmoe.utils.files import atomic_file, read_json
-from vmoe.utils.provenance import cpu_cores
 from vmoe.utils.safe_yaml import parse_yaml
 
 LAST_LINES = 12  # of a failed run's log

@@ -146,8 +146,8 @@ def about_here(device: str) -> dict[str, Any]:
     """The machine and the code: device, threads, torch, commit."""
     import torch
 
+    from benchmarks.machine import device_name, revision
     from vmoe.evaluation.inference import pick_device
-    from vmoe.utils.provenance import device_name, revision
 
     name = device_name(pick_device(device))
     return {"device": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__), **revision()}

@@ -3,9 +3,12 @@
 import os
 import signal
 
-from vmoe.utils.provenance import cpu_cores
-
 GRACE_SECONDS = 5
+
+
+def cpu_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def own_cores() -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vmoe.data.workers import cpu_cores
 
 if TYPE_CHECKING:
     import torch
@@ -43,17 +44,12 @@ def cpu() -> tuple[str, list[str]]:
     return name, [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
 
 
-def cpu_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def revision() -> dict[str, Any]:
     """{"commit", "changed"}: the checkout, and whether tracked files other than results differ from the commit."""
 
     def git(*words: str) -> str | None:
         done = subprocess.run(
-            ["git", *words], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
+            ["git", *words], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
         )
         return done.stdout.strip() if done.returncode == 0 else None
 
