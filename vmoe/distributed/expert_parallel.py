@@ -8,8 +8,6 @@ Shapes, by suffix: P processes, E experts of all, L = E/P experts of one, R rows
 per expert and process, D width, S rows that this process receives.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

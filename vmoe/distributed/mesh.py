@@ -1,7 +1,5 @@
 """How the processes of a job are arranged: a mesh of replicas, shards of weights, and experts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

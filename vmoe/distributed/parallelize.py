@@ -5,8 +5,6 @@ An expert that is in one of P processes gets the gradients of all P through the 
 `vmoe.moe.grouped.local_experts` divides them by P, and FSDP2 averages over the expert's replicas.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from functools import partial

@@ -1,7 +1,5 @@
 """The processes of a job: joining, what they agree on, and what happens when one of them is lost."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The best evaluation of a run: the checkpoint that `RUN/best` names, and when to stop early."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

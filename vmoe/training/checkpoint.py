@@ -4,8 +4,6 @@ A folder that is still being written has another name (`step_000450.unfinished`)
 nothing that looks like a checkpoint.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """The processes of a job while they save or load a checkpoint: all succeed, or all raise the same error."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Callable
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """All settings of a training run: the sections of the YAML, `--key.sub value`, and the text of `--help`."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

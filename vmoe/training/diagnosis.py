@@ -1,7 +1,5 @@
 """Finds the first value that is not finite in a training step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

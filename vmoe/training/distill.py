@@ -4,8 +4,6 @@ The teacher sees the student's own images, after augmentation and mixup, resized
 says ("consistent teaching", arXiv 2106.05237). It is in every process, whole and in evaluation mode.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

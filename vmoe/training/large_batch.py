@@ -5,8 +5,6 @@ The features of all batches are computed without a graph. Their loss gives a gra
 forward pass of every batch, with the same random numbers, brings to the weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """What a run logs: metrics.jsonl, TensorBoard, and the metrics of the routing over all processes."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -6,8 +6,6 @@ timm's own takes stacked experts, (E, F, D) with E experts and a layer's widths 
 PyTorch's refuses them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Freezing, and timm's optimizers, schedules and moving averages."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import difflib

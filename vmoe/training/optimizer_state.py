@@ -8,8 +8,6 @@
 torch.distributed.checkpoint.state_dict holds no None, tuple or list (SGD, Kron), and leaves out "other".
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a run shows: its progress with the time left, and the final table."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections import defaultdict, deque

@@ -1,7 +1,5 @@
 """Checks whether a run may start in its folder: equal settings in all processes, what the folder holds, its lock."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

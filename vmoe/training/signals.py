@@ -1,7 +1,5 @@
 """Signals that stop training before its last step."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

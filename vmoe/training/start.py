@@ -1,7 +1,5 @@
 """What a run says of itself before its first step: device, data, length, model, and which weights were loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

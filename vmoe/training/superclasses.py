@@ -6,8 +6,6 @@ here each layer has its own, and the loss is their mean.
 Shapes, by suffix: B images, of an ensemble all their copies, T tokens, C classes, E super-classes, as many as experts.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Sequence

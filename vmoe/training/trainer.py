@@ -5,8 +5,6 @@ numbers (router noise, drop path, mixup) are seeded again from both. So nothing 
 how often it evaluates, or how many workers read the data.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time

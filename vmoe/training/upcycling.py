@@ -1,7 +1,5 @@
 """`model.upcycle` of a config: vmoe.upcycle, also from several checkpoints or from clusters of the training data."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Weights & Biases, with `train.wandb`: a continued run goes on in the same one there."""
 
-from __future__ import annotations
-
 import secrets
 import sys
 from pathlib import Path

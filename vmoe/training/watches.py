@@ -1,7 +1,5 @@
 """Warnings of a run: collapsed routing, and a model that waits for data."""
 
-from __future__ import annotations
-
 import logging
 import math
 

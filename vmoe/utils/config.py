@@ -3,8 +3,6 @@
 A mistake is one sentence with what to write instead. `config_help.py` writes `--help`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import functools

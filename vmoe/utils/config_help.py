@@ -3,8 +3,6 @@
 The words are those of the dataclasses' docstrings.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from collections.abc import Iterator

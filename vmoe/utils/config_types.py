@@ -1,7 +1,5 @@
 """The types of settings: the fields of a dataclass, and the sections among them."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import types

@@ -1,7 +1,5 @@
 """Files: paths, atomic writing, and reading with a bound on the size. JSON."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

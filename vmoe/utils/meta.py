@@ -1,7 +1,5 @@
 """Models on the meta device: shapes without memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Checks of the paths that a command is given, before it imports PyTorch, which takes seconds."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from types import ModuleType

@@ -1,7 +1,5 @@
 """Text that any terminal can show, and output that never ends a command."""
 
-from __future__ import annotations
-
 import codecs
 import json
 import os

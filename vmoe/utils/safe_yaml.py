@@ -1,7 +1,5 @@
 """YAML files of settings, read with bounds on size and content, since they may be hostile."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Tables of metrics that lose none of them in a narrow terminal, and the console that shows them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
