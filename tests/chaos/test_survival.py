@@ -48,7 +48,7 @@ def job(forks, config, tmp_path):
 
 def errors(said):
     """What was printed besides the lines of the start and of the steps."""
-    usual = ("device: ", "data: ", "steps: ", "model: ", "weights: ", "step ", "[Gloo]")
+    usual = ("cache: ", "device: ", "data: ", "steps: ", "model: ", "weights: ", "step ", "[Gloo]")
     return [line for line in said.splitlines() if not line.startswith(usual)]
 
 

@@ -119,7 +119,8 @@ class Task:
                 return
         if data.cache is None or not sets:
             return
-        began, shown = time.monotonic(), partial(track, description="images", console=console, transient=True)
+        began, hidden = time.monotonic(), not console.is_terminal  # to a file it would write an empty line
+        shown = partial(track, description="images", console=console, transient=True, disable=hidden)
         try:
             used = cache_images(sets, 1e9 * data.cache_gb, own_cores(), shown) / 1e9
         except CacheTooSmall as error:
