@@ -76,10 +76,10 @@ def array_shapes(name, **kwargs):
     with torch.device("meta"):
         model = create_model(name, **kwargs)
     own, found = model.state_dict(), {}
-    for source in siglino_layout(model):
-        shape = source.entry.view(np.broadcast_to(np.float32(0), own[source.entry.tensor].shape)).shape
-        rows = shape[0] + (found[source.array][0] if source.array in found else 0)  # of queries, then keys and values
-        found[source.array] = (rows, *shape[1:])
+    for array, entry in siglino_layout(model):
+        shape = entry.view(np.broadcast_to(np.float32(0), own[entry.tensor].shape)).shape
+        rows = shape[0] + (found[array][0] if array in found else 0)  # of queries, then keys and values
+        found[array] = (rows, *shape[1:])
     return found
 
 

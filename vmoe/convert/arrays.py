@@ -54,6 +54,13 @@ def in_memory(array: Any) -> StoredArray:
     return StoredArray(array.shape, array.dtype.name, array.nbytes, [(..., lambda: array)])
 
 
+def state_arrays(state: Any, what: str = "state") -> dict[str, StoredArray]:
+    """The arrays of a dictionary by name, "a/b" of nested ones. A CheckpointError if it is none."""
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{what} must be a dictionary of arrays, got {type(state).__name__}")
+    return {name: in_memory(array) for name, array in flatten(state)}
+
+
 def flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """("a/b", leaf) of nested dictionaries in the order in which JAX walks them: by sorted key at every level."""
     for key in sorted(tree, key=str):

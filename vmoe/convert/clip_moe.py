@@ -7,14 +7,14 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any
 
-import numpy as np
 from torch import nn
 
-from vmoe.convert.arrays import CheckpointError, StoredArray, in_memory
-from vmoe.convert.fit import FLOATS, Rows, does_not_fit, filled, shape_in_checkpoint, without_memory
-from vmoe.convert.layout import Entry
+from vmoe.convert.arrays import CheckpointError, StoredArray, state_arrays
+from vmoe.convert.fit import Rows, filled, filler, fit, without_memory
+from vmoe.convert.layout import Entry, same
 from vmoe.convert.section import RATE, SIZE, ConfigError, Section
 from vmoe.models.factory import build
 
@@ -24,14 +24,6 @@ HEAD_WIDTH = 64
 RELEASED_CHOICES = 2  # experts of a token in the released files, which do not say it
 UNUSED = frozenset({"input_resolution", "context_length", "vocab_size"})  # numbers beside the weights of CLIP's files
 _PARTS = {"fc1": "c_fc", "fc2": "c_proj"}
-
-
-class _Part(NamedTuple):
-    """A part of our tensor, and the part of an array of theirs that it comes from."""
-
-    entry: Entry
-    array: str
-    rows: slice = slice(None)
 
 
 def from_clip_moe(args: Mapping[str, Any], state: Mapping[str, Any]) -> nn.Module:
@@ -44,10 +36,7 @@ def from_clip_moe(args: Mapping[str, Any], state: Mapping[str, Any]) -> nn.Modul
 
     ConfigError: an argument cannot be converted. CheckpointError: the weights do not fit the arguments.
     """
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"state must be a dictionary of arrays, got {type(state).__name__}")
-    stored = {name: in_memory(array) for name, array in state.items() if name not in UNUSED}
-    _, spec, _, rows = plan_clip_moe(stored, "state", args)
+    _, spec, _, rows = plan_clip_moe(state_arrays(state), "state", args)
     return filled(build(spec), rows)
 
 
@@ -77,19 +66,7 @@ def plan_clip_moe(
             ) from error
     spec = clip_moe_spec(args)
     model = without_memory(lambda: build(spec))
-    rows, used, problems = [], set(), []
-    for tensor, mine in model.state_dict().items():
-        for part in _parts(tensor, len(mine) if mine.ndim else 0):
-            used.add(part.array)
-            shape = shape_in_checkpoint(part.entry, mine)
-            if (problem := _problem(stored.get(part.array), part, shape)) is None:
-                rows.append((part.entry, partial(_fill, stored[part.array], part.rows)))
-            else:
-                problems.append(f"{part.array} {problem}")
-    problems += [f"{array} is not part of the model" for array in sorted(stored.keys() - used)]
-    if problems:
-        does_not_fit(source, "the arguments", problems)
-    return NAME, spec, model, rows
+    return NAME, spec, model, fit(model, _layout(model), stored, partial(filler, stored), source, "the arguments")
 
 
 def clip_moe_spec(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,33 +135,15 @@ def _args_of(stored: Mapping[str, StoredArray]) -> dict[str, Any]:
     }
 
 
-def _parts(tensor: str, size: int) -> Iterator[_Part]:
-    """Where the parts of one of our tensors, the first axis of which has this size, come from."""
-    whole = Entry(tensor, lambda array: array)
-    if tensor == "positional_embedding":
-        yield _Part(Entry(tensor, lambda array: array[:KEPT_POSITIONS]), tensor, slice(KEPT_POSITIONS))
-        rest = slice(KEPT_POSITIONS, None)
-        yield _Part(Entry(tensor, lambda array: array[KEPT_POSITIONS:]), f"{tensor}_res", rest)
-    elif match := re.fullmatch(r"(.*)\.mlp\.experts\.(fc1|fc2)\.(weight|bias)", tensor):
-        for e in range(size):
-            own = Entry(tensor, lambda array, e=e: array[e])
-            yield _Part(own, f"{match[1]}.experts.{e}.{_PARTS[match[2]]}.{match[3]}")
-    else:
-        yield _Part(whole, tensor.replace(".mlp.router.weight", ".gate.weight"))
-
-
-def _problem(array: StoredArray | None, part: _Part, shape: tuple[int, ...]) -> str | None:
-    if array is None:
-        return "is missing"
-    if array.dtype not in FLOATS:
-        return f"is of type {array.dtype}"
-    if array.shape and part.array.startswith("positional_embedding"):
-        shape = (CONTEXT_LENGTH, *shape[1:])
-    return None if array.shape == shape else f"has shape {array.shape}, the model's is {shape}"
-
-
-def _fill(array: StoredArray, rows: slice, target: np.ndarray) -> None:
-    if rows == slice(None):
-        array.read_into(target)
-    else:
-        np.copyto(target, array.read()[rows])
+def _layout(model: nn.Module) -> Iterator[tuple[str, Entry]]:
+    """The array that each tensor, or a part of it, comes from, and where it lies."""
+    for tensor, mine in model.state_dict().items():
+        if tensor == "positional_embedding":  # the second overwrites rows of the first
+            yield tensor, Entry(tensor, same)
+            rest = slice(KEPT_POSITIONS, None)
+            yield f"{tensor}_res", Entry(tensor, itemgetter(rest), rest)
+        elif match := re.fullmatch(r"(.*)\.mlp\.experts\.(fc1|fc2)\.(weight|bias)", tensor):
+            for e in range(len(mine)):
+                yield f"{match[1]}.experts.{e}.{_PARTS[match[2]]}.{match[3]}", Entry(tensor, itemgetter(e))
+        else:
+            yield tensor.replace(".mlp.router.weight", ".gate.weight"), Entry(tensor, same)

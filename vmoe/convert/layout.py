@@ -20,10 +20,12 @@ View = Callable[[np.ndarray], np.ndarray]
 
 
 class Entry(NamedTuple):
-    """A tensor of our state dict, and what gives a view of it in the reference's layout."""
+    """A tensor of our state dict, and what gives a view of it, or of a part, in the layout of the checkpoint's array;
+    of some arrays only `rows` lie there."""
 
     tensor: str
     view: View
+    rows: slice = slice(None)
 
 
 def same(array: np.ndarray) -> np.ndarray:

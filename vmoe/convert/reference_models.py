@@ -5,15 +5,16 @@ bandwidth on its hardware and are no part of the model.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from vmoe.convert.arrays import CheckpointError, StoredArray, flatten, in_memory, select_params, to_numpy
-from vmoe.convert.fit import FLOATS, Rows, does_not_fit, filled, shape_in_checkpoint, without_memory
-from vmoe.convert.layout import reference_layout, zoom_positions
+from vmoe.convert.arrays import StoredArray, select_params, state_arrays, to_numpy
+from vmoe.convert.fit import Fill, Rows, filled, filler, fit, floats, without_memory
+from vmoe.convert.layout import Entry, reference_layout, zoom_positions
 from vmoe.convert.reference_settings import reference_config
 from vmoe.convert.settings import model_settings, stored_grid
 from vmoe.models.factory import create_model
@@ -41,9 +42,7 @@ def from_reference(
             if they are for another, as the reference does when it fine-tunes.
         context_length: tokens of a text tower without position embeddings.
     """
-    if not isinstance(params, Mapping):
-        raise CheckpointError(f"params must be a dictionary of arrays, got {type(params).__name__}")
-    stored, _ = select_params({name: in_memory(array) for name, array in flatten(params)}, "params")
+    stored, _ = select_params(state_arrays(params, "params"), "params")
     name, kwargs, _, rows = plan(config, stored, "params", image_size, context_length)
     return filled(create_model(name, **kwargs), rows)
 
@@ -83,28 +82,20 @@ def plan(
     name, kwargs = model_settings(config, shapes, image_size, context_length)
     kwargs |= more
     model = without_memory(lambda: create_model(name, **kwargs), "the config")
-    layout, own, rows, problems = reference_layout(model), model.state_dict(), [], []
-    for array, entry in layout.items():
-        shape = shape_in_checkpoint(entry, own[entry.tensor])
-        try:
-            rows.append((entry, _reader(model, array, shape, stored, config)))
-        except ValueError as error:
-            problems.append(f"{array} {error}")
-    problems += [f"{array} is not part of the model" for array in sorted(stored.keys() - layout.keys())]
-    if problems:
-        does_not_fit(source, "the config", problems)
-    return name, kwargs, model, rows
+    read = partial(_filler, model, config, stored)
+    return name, kwargs, model, fit(model, reference_layout(model).items(), stored, read, source, "the config")
 
 
-def _reader(
-    model: nn.Module, name: str, shape: tuple[int, ...], stored: Mapping[str, StoredArray], config: Mapping[str, Any]
-) -> Callable[[np.ndarray], None]:
-    """What reads an array into a view of this shape, zooming position embeddings; a ValueError if it does not fit."""
-    if name not in stored:
-        raise ValueError("is missing")
-    array = stored[name]
-    if array.dtype not in FLOATS:
-        raise ValueError(f"is of type {array.dtype}")
+def _filler(
+    model: nn.Module,
+    config: Mapping[str, Any],
+    stored: Mapping[str, StoredArray],
+    name: str,
+    entry: Entry,
+    shape: tuple[int, ...],
+) -> Fill:
+    """As `filler`, but it zooms position embeddings."""
+    array = floats(stored, name)
     if name in _IMAGE_POSITIONS and len(array.shape) == 3 and array.shape[::2] == shape[::2]:
         grid = tuple(getattr(model, "visual", model).patch_embed.grid_size)
         try:
@@ -115,6 +106,4 @@ def _reader(
             return lambda target: np.copyto(target, zoom_positions(array.read(), old, grid))
     elif array.shape == (*shape[:1], 1, *shape[1:]) and name.endswith("Router/dense/kernel"):  # an ensemble of one
         return lambda target: array.read_into(target[:, None])
-    elif array.shape != shape:
-        raise ValueError(f"has shape {array.shape}, the model's is {shape}")
-    return array.read_into
+    return filler(stored, name, entry, shape)

@@ -1,16 +1,17 @@
 """SigLino's models (https://github.com/tiiuae/siglino, arXiv 2512.20157) as ours: from its arguments and weights."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from vmoe.convert.arrays import CheckpointError, StoredArray, in_memory
-from vmoe.convert.fit import FLOATS, Rows, does_not_fit, filled, shape_in_checkpoint, without_memory
-from vmoe.convert.layout import Entry, View
+from vmoe.convert.arrays import CheckpointError, StoredArray, state_arrays
+from vmoe.convert.fit import Fill, Rows, filled, filler, fit, without_memory
+from vmoe.convert.layout import Entry, View, same
 from vmoe.convert.section import COUNT, FLAG, POSITIVE, SIZE, ConfigError, Section
 from vmoe.models.factory import create_model
 from vmoe.models.siglino import SIGLINO_CONFIGS, SigLino
@@ -57,14 +58,6 @@ _STACKED = [
 ]
 
 
-class Source(NamedTuple):
-    """Where a tensor, or the rows of it that `entry.view` gives, comes from: these rows of an array of SigLino's."""
-
-    entry: Entry
-    array: str
-    rows: slice = slice(None)
-
-
 def from_siglino(args: Mapping[str, Any], state: Mapping[str, Any]) -> SigLino:
     """One of SigLino's models, in eval mode; called as `model(pixel_values=..., padding_mask=..., spatial_shapes=...)`.
 
@@ -75,10 +68,7 @@ def from_siglino(args: Mapping[str, Any], state: Mapping[str, Any]) -> SigLino:
 
     ConfigError: an argument cannot be converted. CheckpointError: the weights do not fit the arguments.
     """
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"state must be a dictionary of arrays, got {type(state).__name__}")
-    stored = {name: in_memory(array) for name, array in state.items()}
-    name, kwargs, _, rows = plan_siglino(stored, "state", args)
+    name, kwargs, _, rows = plan_siglino(state_arrays(state), "state", args)
     return filled(create_model(name, **kwargs), rows)
 
 
@@ -103,10 +93,22 @@ def plan_siglino(
     else:
         kwargs, scale, name = {}, 1.0, _checked_name(stored, source, name)
     model = without_memory(lambda: create_model(name, **kwargs))
-    rows, problems = _fit(model, stored, scale)
-    if problems:
-        does_not_fit(source, "the arguments" if args is not None else name, problems)
+    rows = _fit(model, stored, source, "the arguments" if args is not None else name)
+    if scale != 1.0:
+        rows = [
+            (entry, partial(_scaled, fill, scale) if entry.tensor.endswith(".experts.fc2.weight") else fill)
+            for entry, fill in rows
+        ]
     return name, kwargs, model, rows
+
+
+def _fit(model: nn.Module, stored: Mapping[str, StoredArray], source: object, what: str) -> Rows:
+    return fit(model, siglino_layout(model), stored.keys() - UNUSED, partial(filler, stored), source, what)
+
+
+def _scaled(fill: Fill, factor: float, target: np.ndarray) -> None:
+    fill(target)
+    target *= np.float32(factor)
 
 
 def _checked_name(stored: Mapping[str, StoredArray], source: object, name: str | None) -> str:
@@ -118,8 +120,12 @@ def _checked_name(stored: Mapping[str, StoredArray], source: object, name: str |
             )
         return name
     width = stored["cls_token"].shape[-1:]
-    alike = [each for each, config in SIGLINO_CONFIGS.items() if width == (config["embed_dim"],)]
-    fitting = [each for each in alike if not _fit(without_memory(partial(create_model, each)), stored)[1]]
+    fitting = []
+    for each, config in SIGLINO_CONFIGS.items():
+        with suppress(CheckpointError):
+            if width == (config["embed_dim"],):
+                _fit(without_memory(partial(create_model, each)), stored, source, each)
+                fitting.append(each)
     if not fitting:
         known = ", ".join(SIGLINO_CONFIGS)
         raise CheckpointError(
@@ -197,22 +203,22 @@ def _teacher_dims(section: Section) -> dict[str, int]:
 # --- which array is which tensor ---
 
 
-def siglino_layout(model: nn.Module) -> Iterator[Source]:
-    """Where each tensor of a model comes from."""
+def siglino_layout(model: nn.Module) -> Iterator[tuple[str, Entry]]:
+    """The array that each tensor of a model, or some rows of it, come from, and where it lies."""
     for tensor, value in model.state_dict().items():
         for pattern, theirs in _NAMES:
             if match := re.fullmatch(pattern, tensor):
-                yield Source(Entry(tensor, lambda array: array), match.expand(theirs))
+                yield match.expand(theirs), Entry(tensor, same)
         for pattern, theirs, parts in _STACKED:
             if match := re.fullmatch(pattern, tensor):
                 stop = 0
                 for part, size in zip(parts, _heights(model, tensor, value.shape[-2]), strict=True):
                     start, stop = stop, stop + size
-                    yield Source(Entry(tensor, _rows(start, stop)), match.expand(theirs) + part)
+                    yield match.expand(theirs) + part, Entry(tensor, _rows(start, stop))
         if match := re.fullmatch(_POOL + r"(q|kv)\.(weight|bias)", tensor):
             width = model.siglip2_pool.q.out_features
             rows = slice(0, width) if match[1] == "q" else slice(width, None)
-            yield Source(Entry(tensor, lambda array: array), f"{_THEIR_POOL}attention.in_proj_{match[2]}", rows)
+            yield f"{_THEIR_POOL}attention.in_proj_{match[2]}", Entry(tensor, same, rows)
 
 
 def _heights(model: nn.Module, tensor: str, height: int) -> tuple[int, ...]:
@@ -225,37 +231,3 @@ def _heights(model: nn.Module, tensor: str, height: int) -> tuple[int, ...]:
 
 def _rows(start: int, stop: int) -> View:
     return lambda array: array[..., start:stop, :]
-
-
-def _fit(model: nn.Module, stored: Mapping[str, StoredArray], scale: float = 1.0) -> tuple[Rows, list[str]]:
-    """What fills each tensor of a model, and what does not fit."""
-    own, rows, problems, used = model.state_dict(), [], [], set(UNUSED)
-    for source in siglino_layout(model):
-        used.add(source.array)
-        shape = shape_in_checkpoint(source.entry, own[source.entry.tensor])
-        if source.array not in stored:
-            problems.append(f"{source.array} is missing")
-            continue
-        array = stored[source.array]
-        found = (len(range(*source.rows.indices(array.shape[0]))), *array.shape[1:]) if array.shape else ()
-        if array.dtype not in FLOATS:
-            problems.append(f"{source.array} is of type {array.dtype}")
-        elif found != shape:
-            problems.append(f"{source.array} has shape {array.shape}, the model's is {shape}")
-        factor = scale if source.array.endswith(".moe.experts.w2") else 1.0
-        rows.append((source.entry, _filler(array, source.rows, factor)))
-    return rows, problems + [f"{name} is not part of the model" for name in sorted(stored.keys() - used)]
-
-
-def _filler(array: StoredArray, rows: slice, factor: float) -> Callable[[np.ndarray], None]:
-    """A function that reads rows of an array into a view, times a factor."""
-
-    def fill(target: np.ndarray) -> None:
-        if rows == slice(None):
-            array.read_into(target)
-        else:
-            target[...] = array.read()[rows]
-        if factor != 1.0:
-            target *= np.float32(factor)
-
-    return fill

@@ -19,8 +19,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from vmoe.convert.arrays import CheckpointError, StoredArray, in_memory
-from vmoe.convert.fit import Rows, does_not_fit, filled, shape_in_checkpoint, without_memory
+from vmoe.convert.arrays import CheckpointError, StoredArray, state_arrays
+from vmoe.convert.fit import Fill, Rows, filled, fit, without_memory
 from vmoe.convert.layout import Entry, same, transposed
 from vmoe.convert.section import COUNT, FLAG, NOT_NEGATIVE, NUMBER, PAIR, SIZE, ConfigError, Kind, Section
 from vmoe.convert.torch_file import is_torch_file, open_torch
@@ -148,9 +148,7 @@ def from_swin_moe(args: Mapping[str, Any], state: Mapping[str, Any]) -> nn.Modul
 
     ConfigError: a setting cannot be converted. CheckpointError: the weights do not fit.
     """
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"state must be a dictionary of arrays, got {type(state).__name__}")
-    files = [Tensors({str(name): in_memory(array) for name, array in state.items()})]
+    files = [Tensors(state_arrays(state))]
     spec = swin_moe_spec(files, Section(args).values)
     rows = plan_rows(without_memory(lambda: build(spec)), files)
     return filled(build(spec), rows)
@@ -253,27 +251,18 @@ def swin_moe_layout(model: nn.Module) -> dict[str, Entry]:
 
 def plan_rows(model: nn.Module, files: Sequence[Tensors]) -> Rows:
     """For each tensor of a model, what reads it from the files; a CheckpointError for those that do not fit it."""
-    layout, own, rows, problems = swin_moe_layout(model), model.state_dict(), [], []
-    for name, entry in layout.items():
-        shape = shape_in_checkpoint(entry, own[entry.tensor])
-        try:
-            rows.append((entry, _array(name, shape, files).read_into))
-        except ValueError as error:
-            problems.append(f"{name} {error}")
-    for name, buffer in model.named_buffers():
-        if name.endswith("coords_table") and name in files[0] and files[0][name].shape != buffer.shape:
-            problems.append(
-                f"{name} is that of another window: {tuple(files[0][name].shape)}, not {tuple(buffer.shape)}"
-            )
-    unknown = {name for file in files for name in file if not _BUFFERS.fullmatch(name)} - layout.keys()
-    problems += [f"{name} is not part of the model" for name in sorted(unknown)]
-    if problems:
-        does_not_fit(files[0].name, "the model", problems)
-    return rows
+    windows = [
+        f"{name} is that of another window: {tuple(files[0][name].shape)}, not {tuple(buffer.shape)}"
+        for name, buffer in model.named_buffers()
+        if name.endswith("coords_table") and name in files[0] and files[0][name].shape != buffer.shape
+    ]
+    names = [name for file in files for name in file if not _BUFFERS.fullmatch(name)]
+    layout = swin_moe_layout(model).items()
+    return fit(model, layout, names, partial(_filler, files), files[0].name, "the model", windows)
 
 
-def _array(name: str, shape: tuple[int, ...], files: Sequence[Tensors]) -> StoredArray:
-    """An array of all files that hold a part of it; a ValueError if that is not the whole."""
+def _filler(files: Sequence[Tensors], name: str, _: Entry, shape: tuple[int, ...]) -> Fill:
+    """What reads an array from all files that hold a part of it; a ValueError if that is not the whole."""
     holders = [file for file in files[1:] if name in file and _EXPERTS in name]
     holders = holders or [file for file in files[:1] if name in file]
     if not holders:
@@ -282,7 +271,7 @@ def _array(name: str, shape: tuple[int, ...], files: Sequence[Tensors]) -> Store
     if name.endswith("batched_fc2_bias") and holders[0] is files[0] and math.prod(files[0][name].shape) < whole.size:
         if files[0].read(name).any():
             raise ValueError("is that of the first rank alone, and not zero as a bias that is not trained")
-        return StoredArray(shape, "float32", nbytes, [(..., lambda: whole)])
+        return StoredArray(shape, "float32", nbytes, [(..., lambda: whole)]).read_into
     parts = []
     for rank, file in enumerate(holders):
         where = _part(rank, len(holders), shape)
@@ -291,7 +280,7 @@ def _array(name: str, shape: tuple[int, ...], files: Sequence[Tensors]) -> Store
             of = f"one of {len(holders)} ranks needs" if len(holders) > 1 else "the model's is"
             raise ValueError(f"has shape {found} in {file.name}, {of} {needed}")
         parts.append((where, partial(_read, file, name, needed)))
-    return StoredArray(shape, "float32", nbytes, parts)
+    return StoredArray(shape, "float32", nbytes, parts).read_into
 
 
 def _read(file: Tensors, name: str, shape: tuple[int, ...]) -> np.ndarray:
