@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "fsync", full)
     assert main([str(run), "--output", str(tmp_path / "model.safetensors")]) == 1
     assert "model.safetensors cannot be written (No space left on device); free" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -20,7 +20,7 @@ from vmoe.convert.siglino import is_siglino, plan_siglino
 from vmoe.convert.swin_moe import find_swin_moe, plan_swin_moe
 from vmoe.convert.torch_file import is_torch_file, open_torch
 from vmoe.models.factory import file_metadata
-from vmoe.models.safetensors_writer import mapped_safetensors
+from vmoe.models.safetensors_writer import write_one_by_one
 from vmoe.models.serialization import read_pretrained_metadata
 from vmoe.utils.files import read_json
 from vmoe.utils.paths import check_output
@@ -142,14 +142,19 @@ def _plan_torch(source: str | Path, args: Mapping[str, Any] | None, model: str |
 def _write(
     file: Path, path: str, kind: str, stored: Mapping[str, StoredArray], skipped: int, planned: tuple
 ) -> Converted:
-    """Writes the model of a plan; each tensor leaves the memory once it is filled."""
+    """Writes the model of a plan, tensor by tensor."""
     name, _, model, rows = planned
     sizes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     metadata = file_metadata(model, {"converted_from": Path(path).name})
-    with mapped_safetensors(file, sizes, dict.fromkeys(sizes, torch.float32), metadata) as (tensors, release):
+
+    def read(tensor: str) -> torch.Tensor:
+        result = torch.zeros(sizes[tensor], dtype=torch.float32)
         for entry, fill in rows:
-            fill(entry.view(tensors[entry.tensor].numpy()))
-            release()
+            if entry.tensor == tensor:
+                fill(entry.view(result.numpy()))
+        return result
+
+    write_one_by_one(file, sizes, dict.fromkeys(sizes, torch.float32), metadata, read)
     nbytes, parameters = sum(array.nbytes for array in stored.values()), sum(map(math.prod, sizes.values()))
     return Converted(path, kind, len(stored), nbytes, skipped, name, parameters)
 

@@ -1,5 +1,5 @@
-"""A checkpoint of any run, sharded or not, as one safetensors file. The tensors pass from mapped files to a mapped
-file, so the memory need not hold the model."""
+"""A checkpoint of any run, sharded or not, as one safetensors file. The tensors are copied one by one, so the memory
+need not hold the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from vmoe.models.manifest import TRAINER, is_checkpoint
-from vmoe.models.safetensors_writer import mapped_safetensors
+from vmoe.models.safetensors_writer import write_one_by_one
 from vmoe.models.serialization import (
     METADATA_KEY,
     SETTINGS_NAME,
@@ -77,8 +77,7 @@ def export(source: str | Path, output: str | Path, raw: bool = False) -> Path:
         metadata = {"format": "pt", METADATA_KEY: json.dumps(read_pretrained_metadata(weights))}
     stored = StoredTensors(weights)
     try:
-        with mapped_safetensors(output, stored.shapes, stored.dtypes, metadata) as (tensors, _):
-            stored.read_into(tensors)
+        write_one_by_one(output, stored.shapes, stored.dtypes, metadata, stored.read)
     except OSError as error:
         raise cannot_write(output, error) from error
     return weights

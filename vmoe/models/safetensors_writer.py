@@ -1,14 +1,12 @@
-"""Writes safetensors files: tensors at once, or a mapped file that is filled bit by bit."""
+"""Writes safetensors files: tensors at once, or one by one."""
 
 import errno
 import json
 import math
-import mmap
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -40,37 +38,25 @@ DTYPE_NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torc
 DTYPE_NAMES |= {torch.uint8: "U8", torch.bool: "BOOL"}
 
 
-@contextmanager
-def mapped_safetensors(
-    file: Path, shapes: Mapping[str, Sequence[int]], dtypes: Mapping[str, torch.dtype], metadata: dict[str, str]
-) -> Iterator[tuple[dict[str, Tensor], Callable[[], None]]]:
-    """(the tensors of a new file, a function that takes filled ones out of memory). The file takes its name when the
-    block ends without an error; a full disk is an OSError before anything is written."""
+def write_one_by_one(
+    file: Path,
+    shapes: Mapping[str, Sequence[int]],
+    dtypes: Mapping[str, torch.dtype],
+    metadata: dict[str, str],
+    read: Callable[[str], Tensor],
+) -> None:
+    """Writes a file atomically, with one tensor at a time in memory: what `read` gives for a name."""
     header, end = {"__metadata__": metadata}, 0
-    for name in sorted(shapes, key=lambda name: (-dtypes[name].itemsize, name)):  # so that each is aligned
+    names = sorted(shapes, key=lambda name: (-dtypes[name].itemsize, name))  # so that each is aligned
+    for name in names:
         start, end = end, end + math.prod(shapes[name]) * dtypes[name].itemsize
         header[name] = {"dtype": DTYPE_NAMES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    first = 8 + len(text)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(file) as draft, open(draft, "w+b") as opened:
-        opened.truncate(first + end)
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash while the map is written
-            os.posix_fallocate(opened.fileno(), 0, first + end)
-        mapped = mmap.mmap(opened.fileno(), first + end)
-        mapped[:first] = struct.pack("<Q", len(text)) + text
-        data = torch.frombuffer(mapped, dtype=torch.uint8)[first:]
-        tensors = {
-            name: data[slice(*header[name]["data_offsets"])].view(dtypes[name]).view(tuple(shape))
-            for name, shape in shapes.items()
-        }
-
-        def release() -> None:
-            mapped.flush()
-            if hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
-
-        yield tensors, release
-        mapped.flush()
+    with atomic_file(file) as draft, open(draft, "wb") as opened:
+        opened.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            opened.write(read(name).contiguous().flatten().view(torch.uint8).numpy())
+        opened.flush()
         os.fsync(opened.fileno())
