@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmoe.moe.autograd import apply, on_eager_cpu, transformable, zeros_if_none
+from vmoe.moe.autograd import apply, on_eager_cpu
 
 
 def expert_capacity(
@@ -210,7 +210,6 @@ def _descending(priority_GN: Tensor) -> Tensor:
     return 0x7FFFFFFF - rising_GN.long()
 
 
-@transformable
 class _GatherRows(torch.autograd.Function):
     """Rows of `x` by index: (R, D), zero where the index is -1.
 
@@ -233,11 +232,6 @@ class _GatherRows(torch.autograd.Function):
         M, K = inverse_MK.shape
         grad_MKD = _take(grad_RD, inverse_MK.flatten(), ctx.inverse_holes).view(M, K, grad_RD.shape[-1])
         return grad_MKD[:, 0] if K == 1 else grad_MKD.sum(1), None, None, None, None
-
-    @staticmethod
-    def tangent(ctx, x: Tensor, *_: None) -> Tensor:
-        _, index_R, _ = ctx.saved_tensors
-        return _take(x, index_R, ctx.index_holes)
 
 
 gather_rows = partial(apply, _GatherRows)
@@ -272,7 +266,6 @@ def combine(y_RD: Tensor, combine_weights_GNK: Tensor, plan: DispatchPlan) -> Te
     return y_SD.view(G, N, y_RD.shape[1])
 
 
-@transformable
 class _WeightedSum(torch.autograd.Function):
     """y_s = sum_k w_sk · y[row_sk]: (R, D), (S, K), (S, K) -> (S, D). A row of -1 is zero."""
 
@@ -297,8 +290,7 @@ class _WeightedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_SD: Tensor):
-        # By plain indexing: `gather_rows` would break nested torch.func.jacrev. On a GPU a second derivative adds in
-        # any order.
+        # By plain indexing: on a GPU a second derivative adds in any order.
         y_RD, weight_SK, row_SK, assignment_R = ctx.saved_tensors
         K = row_SK.shape[1]
         token_R = assignment_R if K == 1 else assignment_R.div(K, rounding_mode="floor")  # -1 stays -1
@@ -307,12 +299,6 @@ class _WeightedSum(torch.autograd.Function):
         grad_weight_R1 = (grad_RD * y_RD).sum(-1, keepdim=True)
         grad_weight_A1 = _take(grad_weight_R1, row_SK.flatten(), ctx.may_drop)
         return grad_RD * weight_R1, grad_weight_A1.view_as(weight_SK), None, None, None, None
-
-    @staticmethod
-    def tangent(ctx, y: Tensor | None, weight: Tensor | None, *_: None) -> Tensor:
-        y_RD, weight_SK, *index = ctx.saved_tensors
-        y, weight, index = zeros_if_none(y, y_RD), zeros_if_none(weight, weight_SK), (*index, ctx.may_drop, ctx.may_pad)
-        return apply(_WeightedSum, y, weight_SK, *index) + apply(_WeightedSum, y_RD, weight, *index)
 
 
 def _sum_of_bags(y_RD: Tensor, weight_SK: Tensor, row_SK: Tensor, may_drop: bool) -> Tensor:

@@ -7,16 +7,13 @@ and the meta device see as one operation.
 Shapes, by suffix: E experts, R rows sorted by expert, F width of a norm, I and O a linear layer's widths.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import register_flop_formula
 
-from vmoe.moe.autograd import apply, on_eager_cpu, transformable, transforms_active, zeros_if_none
+from vmoe.moe.autograd import needs_operators, on_eager_cpu
 
 
 def local_experts(parameter: Tensor | None) -> Tensor | None:
@@ -110,15 +107,14 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, cou
     """
     end_E = count_E.cumsum(0)
     if on_eager_cpu(x_RI.device) and int(end_E[-1]) == x_RI.shape[0]:
-        return apply(_GroupedLinear, x_RI, weight_EOI, bias_EO, end_E)
+        return _GroupedLinear.apply(x_RI, weight_EOI, bias_EO, end_E)
     used_R1 = torch.arange(x_RI.shape[0], device=x_RI.device)[:, None] < end_E[-1]
-    by_torch = x_RI.dtype == torch.bfloat16 and not transforms_active()
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or needs_operators():
         y_RO = _by_segments(x_RI, weight_EOI, bias_EO, end_E)
-    elif by_torch and not on_eager_cpu(x_RI.device):
+    elif x_RI.dtype == torch.bfloat16 and not on_eager_cpu(x_RI.device):
         y_RO = _by_torch(x_RI, weight_EOI, bias_EO, end_E, used_R1)
     else:
-        y_RO = apply(_GroupedLinear, x_RI, weight_EOI, bias_EO, end_E)
+        y_RO = _GroupedLinear.apply(x_RI, weight_EOI, bias_EO, end_E)
     if not y_RO.shape[0]:
         return y_RO
     return torch.where(used_R1, y_RO, torch.where(used_R1[:1], y_RO[:1], 0).detach())
@@ -145,8 +141,12 @@ def _by_torch(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: T
 
 def _by_segments(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: Tensor) -> Tensor:
     """By operators that PyTorch and ONNX have, one linear layer per expert: an exported program needs no vmoe."""
+    try:
+        ends = end_E.tolist()
+    except RuntimeError:  # inside vmap, where each entry of the batch has its own
+        return _by_all_experts(x_RI, weight_EOI, bias_EO, end_E)
     R, start, sizes = x_RI.shape[0], 0, []
-    for end in end_E.tolist():
+    for end in ends:
         torch._check(end >= start)
         sizes.append(end - start)
         start = end
@@ -156,6 +156,15 @@ def _by_segments(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E
     y_RO = torch.cat([*y_RO, unused_MI.new_zeros(R - start, weight_EOI.shape[1])])
     torch._check(y_RO.shape[0] == R)
     return y_RO
+
+
+def _by_all_experts(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: Tensor) -> Tensor:
+    """All experts compute all rows, of which each keeps its own."""
+    E, O, _ = weight_EOI.shape
+    bias = None if bias_EO is None else bias_EO.flatten()
+    y_REO = F.linear(x_RI, weight_EOI.flatten(0, 1), bias).unflatten(1, (E, O))
+    expert_R = expert_of_rows(end_E, x_RI.shape[0]).clamp(max=E - 1)
+    return y_REO.gather(1, expert_R[:, None, None].expand(-1, 1, O)).squeeze(1)
 
 
 @torch.library.custom_op("vmoe::rows_by_matrices", mutates_args=())
@@ -196,42 +205,17 @@ def empty_sums(a_RO: Tensor, b_RI: Tensor, end_E: Tensor, sums: bool) -> tuple[T
 _rows_by_rows.register_fake(empty_sums)
 
 
-@_rows_by_matrices.register_vmap
-def _(info, in_dims: tuple, *args):
-    return _one_by_one(_rows_by_matrices, info, in_dims, args), 0
-
-
-@_rows_by_rows.register_vmap
-def _(info, in_dims: tuple, *args):
-    return _one_by_one(_rows_by_rows, info, in_dims, args), (0, 0)
-
-
-def _one_by_one(operator: Callable, info, in_dims: tuple, args: tuple) -> Tensor | tuple[Tensor, ...]:
-    """vmap of an operator: every entry of the batch has another number of rows per expert, so each is a call."""
-    calls = [
-        operator(*(arg if dim is None else arg.select(dim, index) for arg, dim in zip(args, in_dims)))
-        for index in range(info.batch_size)
-    ]
-    return tree_map(lambda *results: torch.stack(results), *calls)
-
-
 @_rows_by_matrices.register_fake
 def _(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: Tensor) -> Tensor:
     return x_RI.new_empty(x_RI.shape[0], weight_EOI.shape[1])
 
 
-# Autograd functions on top, not `register_autograd`, which torch.func cannot differentiate. The gradients are made of
-# the same functions, so they can be differentiated again.
-@transformable
+# The gradients are made of the same functions, so they can be differentiated again.
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: Tensor) -> Tensor:
-        return _rows_by_matrices(x_RI, weight_EOI, bias_EO, end_E)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x_RI, weight_EOI, _, end_E = inputs
+    def forward(ctx, x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor | None, end_E: Tensor) -> Tensor:
         ctx.save_for_backward(x_RI, weight_EOI, end_E)
+        return _rows_by_matrices(x_RI, weight_EOI, bias_EO, end_E)
 
     @staticmethod
     def backward(ctx, grad_RO: Tensor):
@@ -239,46 +223,28 @@ class _GroupedLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         if needs_x:
-            grad_x = apply(_GroupedLinear, grad_RO, weight_EOI.transpose(1, 2), None, end_E)
+            grad_x = _GroupedLinear.apply(grad_RO, weight_EOI.transpose(1, 2), None, end_E)
         if needs_weight or needs_bias:
-            grad_weight, grad_bias = apply(_RowsByRows, grad_RO, x_RI, end_E, needs_bias)
+            grad_weight, grad_bias = _RowsByRows.apply(grad_RO, x_RI, end_E, needs_bias)
         return grad_x, grad_weight if needs_weight else None, grad_bias if needs_bias else None, None
 
-    @staticmethod
-    def tangent(ctx, x: Tensor | None, weight: Tensor | None, bias: Tensor | None, _: None) -> Tensor:
-        x_RI, weight_EOI, *bias_EO, end_E = ctx.saved_tensors
-        x, weight = (zeros_if_none(*pair) for pair in ((x, x_RI), (weight, weight_EOI)))
-        tangent_RO = apply(_GroupedLinear, x, weight_EOI, bias if bias_EO else None, end_E)
-        return tangent_RO + apply(_GroupedLinear, x_RI, weight, None, end_E)
 
-
-@transformable
 class _RowsByRows(torch.autograd.Function):
     @staticmethod
-    def forward(a_RO: Tensor, b_RI: Tensor, end_E: Tensor, sums: bool) -> tuple[Tensor, Tensor]:
-        return _rows_by_rows(a_RO, b_RI, end_E, sums)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        a_RO, b_RI, end_E, ctx.sums = inputs
+    def forward(ctx, a_RO: Tensor, b_RI: Tensor, end_E: Tensor, sums: bool) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(a_RO, b_RI, end_E)
+        ctx.sums = sums
+        return _rows_by_rows(a_RO, b_RI, end_E, sums)
 
     @staticmethod
     def backward(ctx, grad_EOI: Tensor, grad_EO: Tensor):
         a_RO, b_RI, end_E = ctx.saved_tensors
         grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_a = apply(_GroupedLinear, b_RI, grad_EOI, grad_EO if ctx.sums else None, end_E)
+            grad_a = _GroupedLinear.apply(b_RI, grad_EOI, grad_EO if ctx.sums else None, end_E)
         if ctx.needs_input_grad[1]:
-            grad_b = apply(_GroupedLinear, a_RO, grad_EOI.transpose(1, 2), None, end_E)
+            grad_b = _GroupedLinear.apply(a_RO, grad_EOI.transpose(1, 2), None, end_E)
         return grad_a, grad_b, None, None
-
-    @staticmethod
-    def tangent(ctx, a: Tensor | None, b: Tensor | None, *_: None) -> tuple[Tensor, Tensor]:
-        a_RO, b_RI, end_E = ctx.saved_tensors
-        a, b = (zeros_if_none(*pair) for pair in ((a, a_RO), (b, b_RI)))
-        weight_EOI, sum_EO = apply(_RowsByRows, a, b_RI, end_E, ctx.sums)
-        return weight_EOI + apply(_RowsByRows, a_RO, b, end_E, False)[0], sum_EO
 
 
 @register_flop_formula([torch.ops.vmoe.rows_by_matrices, torch.ops.vmoe.rows_by_rows])

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from vmoe.moe.autograd import apply, is_recomputation, transformable
+from vmoe.moe.autograd import is_recomputation, needs_operators
 from vmoe.moe.groups import TokenGroups
 from vmoe.moe.losses import AuxiliaryLosses, entropy_of
 from vmoe.moe.router import Routing
@@ -299,7 +299,6 @@ def set_auxiliary_loss_scale(scale: float) -> None:
     _ATTACHED_SCALE.fill_(scale)
 
 
-@transformable
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(y: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
@@ -314,12 +313,19 @@ class _AttachLoss(torch.autograd.Function):
         (scale,) = ctx.saved_tensors
         return grad_y, scale, None
 
+
+class _AttachLossTransformed(_AttachLoss):
+    """For vmap and forward mode; torch.compile refuses what has a jvp."""
+
+    generate_vmap_rule = True
+
     @staticmethod
-    def tangent(ctx, y: Tensor, *_: Tensor) -> Tensor:
+    def jvp(ctx, y: Tensor, *_: Tensor) -> Tensor:
         return y.view_as(y)
 
 
 def attach_loss(y: Tensor, loss: Tensor) -> Tensor:
     """`y` itself, whose backward pass also starts that of `loss`, with the gradient of `set_auxiliary_loss_scale`."""
     # A copy, so that the scale may be changed for the next forward pass before this one's backward.
-    return apply(_AttachLoss, y, loss, _ATTACHED_SCALE.to(loss.device, loss.dtype, copy=True))
+    function = _AttachLossTransformed if needs_operators() else _AttachLoss
+    return function.apply(y, loss, _ATTACHED_SCALE.to(loss.device, loss.dtype, copy=True))

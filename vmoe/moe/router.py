@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmoe.moe.autograd import apply, transformable, zeros_if_none
+from vmoe.moe.autograd import apply
 from vmoe.moe.config import RoutingSettings
 from vmoe.moe.dispatch import Capacity
 from vmoe.moe.groups import TokenGroups
@@ -134,7 +134,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-@transformable
 class _GateLinear(torch.autograd.Function):
     """x Wᵀ in at least float32. Kept for the backward pass is x in its own type, not the copy that is multiplied."""
 
@@ -157,12 +156,6 @@ class _GateLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = (grad_GNE.flatten(0, 1).T @ x_GND.flatten(0, 1).to(dtype)).to(weight_ED.dtype)
         return grad_x, grad_weight
-
-    @staticmethod
-    def tangent(ctx, x: Tensor | None, weight: Tensor | None) -> Tensor:
-        x_GND, weight_ED = ctx.saved_tensors
-        x, weight = (zeros_if_none(*pair) for pair in ((x, x_GND), (weight, weight_ED)))
-        return apply(_GateLinear, x, weight_ED) + apply(_GateLinear, x_GND, weight)
 
 
 def normalized(weights: Tensor, dim: int = -1) -> Tensor:
