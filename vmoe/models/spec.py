@@ -4,7 +4,7 @@ import difflib
 import fnmatch
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -138,55 +138,42 @@ def model_spec(model: nn.Module) -> dict:
     spec = getattr(model, "vmoe_spec", None)
     kept_as = experts_kept_as(model)
     kept = {"experts": kept_as} if kept_as else {}
-    for find in (_timm_spec, _open_clip_spec) if spec is None else ():
-        if (found := find(model)) is not None:
-            return {**found, **kept}
-    if spec is None:
-        raise ValueError(
-            "how to build this model again is not known: it was not made by vmoe.create_model, nor by timm or "
-            "open_clip under a name of theirs (make the dense model with one of these, and upcycle it in one call)"
-        )
-    changed = _changed(model.vmoe_built, live_settings(model))
-    if isinstance(model, TwoTower) and changed:
-        changed = {"image": {**(spec["kwargs"].get("image") or {}), **changed}}
-    return {**spec, "kwargs": {**spec["kwargs"], **changed}, **kept}
+    if spec is not None:
+        changed = _changed(model.vmoe_built, live_settings(model))
+        if isinstance(model, TwoTower) and changed:
+            changed = {"image": {**(spec["kwargs"].get("image") or {}), **changed}}
+        return {**spec, "kwargs": {**spec["kwargs"], **changed}, **kept}
+    for spec, is_own in _candidates(model):
+        with suppress(TypeError, ValueError, RuntimeError):  # it gives no model
+            changed = _changed(live_settings(on_meta(_build_again, {**spec, **kept})), live_settings(model))
+            spec = {**spec, "kwargs": {**spec["kwargs"], **changed}, **kept}
+            # Arguments of our own are known, and saving names what else was changed.
+            if is_own or difference(model, on_meta(_build_again, spec)) is None:
+                return spec
+    raise ValueError(
+        "how to build this model again is not known: it was not made by vmoe.create_model, nor by timm or open_clip "
+        "under a name of theirs (make the dense model with one of these, and upcycle it in one call)"
+    )
 
 
-def _timm_spec(model: nn.Module) -> dict | None:
-    """The specification of a model that timm.create_model made; None if its name and arguments do not say it all."""
+def _candidates(model: nn.Module) -> Iterator[tuple[dict, bool]]:
+    """(what may build a model that timm or open_clip made, whether it is one of ours), without changes since."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    if not timm.is_model(name := config.get("architecture") or ""):
-        return None
-    tagged = f"{name}.{config.get('tag')}"
-    # Newer versions of timm keep the arguments, ours do in any version.
-    kwargs = with_slots(model, without_loading(getattr(model, "_model_args", {})))
-    sparse = any(isinstance(module, SparseMoE) for module in model.modules())
-    own = isinstance(model, (VisionMoE, NaFlexVisionMoE, SwinMoE, SigLino))
-    if own and not sparse:
-        kwargs["num_experts"] = 0
-    spec = {"name": tagged if tagged in timm.list_pretrained() else name, "kwargs": kwargs}
-    # Arguments of our own are known, and saving names what else was changed.
-    return _if_same(spec, model, compare=not own)
+    if timm.is_model(name := config.get("architecture") or ""):
+        tagged = f"{name}.{config.get('tag')}"
+        # Newer versions of timm keep the arguments, ours do in any version.
+        kwargs = with_slots(model, without_loading(getattr(model, "_model_args", {})))
+        is_own = isinstance(model, (VisionMoE, NaFlexVisionMoE, SwinMoE, SigLino))
+        if is_own and not any(isinstance(module, SparseMoE) for module in model.modules()):
+            kwargs["num_experts"] = 0
+        yield {"name": tagged if tagged in timm.list_pretrained() else name, "kwargs": kwargs}, is_own
+    for spec in open_clip_spec(model):
+        yield spec, False
 
 
-def _open_clip_spec(model: nn.Module) -> dict | None:
-    """The specification of a dense model of open_clip, whose config is in open_clip's registry."""
-    return next(filter(None, (_if_same(spec, model) for spec in open_clip_spec(model))), None)
-
-
-def _if_same(spec: dict, model: nn.Module, compare: bool = True) -> dict | None:
-    """The specification with what was changed on the model since, or None if it gives another model (`compare`)."""
-    kept_as = experts_kept_as(model)
-
-    def again(spec: dict) -> nn.Module:
-        return quantize_experts(build_dense(spec), kept_as) if kept_as else build_dense(spec)
-
-    try:
-        changed = _changed(live_settings(on_meta(again, spec)), live_settings(model))
-        spec = {**spec, "kwargs": {**spec["kwargs"], **changed}}
-        return None if compare and difference(model, on_meta(again, spec)) else spec
-    except (TypeError, ValueError, RuntimeError):
-        return None
+def _build_again(spec: dict) -> nn.Module:
+    model = build_dense(spec)
+    return quantize_experts(model, spec["experts"]) if "experts" in spec else model
 
 
 def live_settings(model: nn.Module) -> dict:
