@@ -17,6 +17,10 @@ VARIANTS = {
     "tiny-clip": {},
     "tiny-clip-quickgelu": {"quick_gelu": True},
     "tiny-clip-text": {"custom_text": True, "vision_cfg": {**CLIP["vision_cfg"], "ls_init_value": 0.1}},
+    "tiny-clip-timm": {
+        "custom_text": True,
+        "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "avg", "image_size": 224},
+    },
 }
 
 

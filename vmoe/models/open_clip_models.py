@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from timm.layers import to_2tuple
 from torch import nn
 
 from vmoe.models.hub_layout import KEY
@@ -73,6 +74,9 @@ def build_open_clip(name: str, kwargs: dict[str, Any]) -> nn.Module:
         raise ValueError(f"{name} is a CoCa or has a text tower of transformers, which vmoe cannot build; take a CLIP")
     config["vision_cfg"].pop("timm_model_pretrained", None)
     model = (open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP)(**config)
+    registered = (open_clip.get_model_config(name) or config)["vision_cfg"].get("image_size", 224)
+    if hasattr(model.visual, "set_input_size") and to_2tuple(model.visual.image_size) != to_2tuple(registered):
+        model.visual.set_input_size(model.visual.image_size)  # a model of timm begins with its own
     model.visual.preprocess_cfg = vars(PreprocessCfg(size=model.visual.image_size))
     return model
 
