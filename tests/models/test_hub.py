@@ -22,6 +22,7 @@ from vmoe.models.preprocess import preprocess_config
 from vmoe.models.serialization import WeightsError
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 16, "patch_size": 8, "num_classes": 3}
+SWIN = {"embed_dim": 32, "depths": (1, 1, 2, 1), "img_size": 56, "num_classes": 3}
 TEXT = {"vocab_size": 512, "eot_token_id": 511, "num_experts": 2, "depth": 2}
 MEAN = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear", "crop_pct": 0.7}
 CLIP = {
@@ -59,6 +60,8 @@ IMAGE = {
     "vmoe of timm": lambda: timm.create_model("vmoe_tiny_patch8_48", **SMALL, router="soft"),
     "dense": vit,
     "upcycled": lambda: vmoe.upcycle(vit(pretrained_cfg_overlay=MEAN), num_experts=4, layers=[1]),
+    "upcycled eva": lambda: vmoe.upcycle(timm.create_model("eva02_tiny_patch14_224", **SMALL), 4, [1]),
+    "upcycled swin": lambda: vmoe.upcycle(timm.create_model("swin_tiny_patch4_window7_224", **SWIN), 4, [1]),
     "siglino, resized": siglino_resized,
     "quantized": lambda: vmoe.quantize_experts(vmoe_tiny(), "int8"),
     "quantized, with a representation": lambda: vmoe.quantize_experts(vmoe_tiny(representation_size=8), "int8"),

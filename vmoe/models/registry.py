@@ -1,5 +1,6 @@
 """V-MoE and Soft MoE by name, in timm's registry; importing this file registers them."""
 
+import sys
 from functools import partial
 
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
@@ -81,7 +82,8 @@ def upcycled_moe(pretrained: bool = False, spec: dict | None = None, **kwargs) -
     config = resolve_pretrained_cfg("upcycled_moe", about["pretrained_cfg"], overlay).to_dict()
     model.pretrained_cfg = model.default_cfg = config
     if pretrained:
-        filter_fn = _filter if isinstance(model, VisionTransformer) else None
+        of_timm = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # for another image size
+        filter_fn = _filter if isinstance(model, VisionTransformer) else of_timm
         sizes = {"num_classes": model.num_classes, "in_chans": model.in_chans}
         load_pretrained(model, config, filter_fn=filter_fn, cache_dir=about["cache_dir"], **sizes)
     if features is None:
