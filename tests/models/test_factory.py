@@ -256,6 +256,25 @@ def test_slots_stay_when_the_image_size_changes(name, settings, tmp_path):
         assert again.image_size == ((96, 96) if size else (64, 64))
 
 
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("vmoe_tiny_patch8_48", {}),
+        ("vmoe_naflex_tiny_patch8", {}),
+        ("swin_moe_tiny_patch4_window4_32", {}),
+        ("siglino_30m", {}),
+        ("limoe_tiny_patch12_48", {}),
+        ("two_tower_tiny_patch8_48", {"tower": "image"}),
+        ("two_tower_tiny_patch8_48", {"tower": "text"}),
+    ],
+)
+def test_routing_settings_of_a_dense_model_are_checked_too(name, own):
+    for bad, message in (({"capacity_factor": -1}, "capacity_factor must be > 0"), ({"router": "x"}, "router must be")):
+        settings = {"num_experts": 0, **bad}
+        with pytest.raises(ValueError, match=message):
+            create_model(name, **({own["tower"]: settings} if own else settings))
+
+
 def test_settings_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(ValueError, match="pretrained must be a file or folder, got True"):
         create_model("limoe_tiny_patch8_48", pretrained=True)

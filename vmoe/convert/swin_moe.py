@@ -215,7 +215,7 @@ def _settings(top: Section, E: int, blocks: int) -> dict[str, Any]:
     if not kwargs["moe_layers"]:
         return {**kwargs, "num_experts": 0}
     kwargs |= {_OURS.get(key, key): top.get(key, *own) for key, own in _ROUTING.items()}
-    kwargs |= {"num_experts": E, "num_selected_experts": min(E, kwargs["num_selected_experts"])}
+    kwargs |= {"num_experts": E, "num_selected_experts": max(1, min(E, kwargs["num_selected_experts"]))}
     kwargs["normalize_weights"] &= kwargs["num_selected_experts"] > 1
     # In Tutel 0 means no limit, and -f a limit of f that adapts to less.
     if (factor := kwargs["capacity_factor"]) <= 0 and kwargs["batch_priority"]:

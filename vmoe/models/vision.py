@@ -19,7 +19,7 @@ from timm.models.vision_transformer import Block, VisionTransformer, get_init_we
 from torch import Tensor, nn
 
 from vmoe.moe import SparseMoE
-from vmoe.moe.config import SETTING_NAMES, with_preset
+from vmoe.moe.config import SETTING_NAMES, RoutingSettings, with_preset
 from vmoe.moe.record import attach_loss
 
 ROUTING_DEFAULTS = {"num_experts": 8, "num_selected_experts": 2}
@@ -112,9 +112,14 @@ def scale_depth(blocks: nn.Module) -> None:
 
 
 def take_routing(kwargs: dict, defaults: dict) -> dict:
-    """Move the routing settings out of a model's arguments, completed by its preset and defaults."""
+    """Move the routing settings out of a model's arguments, completed by its preset and defaults; a ValueError for one
+    out of range, also of a dense model, which has no layer to check it."""
     given = {name: kwargs.pop(name) for name in SETTING_NAMES & kwargs.keys()}
-    return with_preset(defaults, given)
+    settings = with_preset(defaults, given)
+    if not settings["num_experts"]:
+        own = {name: value for name, value in settings.items() if name != "router_preset"}
+        RoutingSettings(**own | {"num_experts": 2**20})
+    return settings
 
 
 def check_rotation(head_dim: int, temperature: float) -> None:
