@@ -57,7 +57,12 @@ def save_hub_folder(
     with _new_folder(folder) as draft:
         save_pretrained(model, draft / weights, extra)
         if image_text:
-            content = _open_clip_config(model, spec)
+            preprocess = preprocess_config(model)
+            size = preprocess["input_size"][1:]
+            content = {
+                "model_cfg": model_config(spec, getattr(model, "embed_dim", None), size, model.context_length),
+                "preprocess_cfg": {**open_clip_preprocess(preprocess), "size": size},
+            }
         else:
             # Preprocessing is beside them. Unlike timm.create_model's, None among them is not the default.
             args = {k: v for k, v in spec["kwargs"].items() if k != "pretrained_cfg_overlay" and v is not None}
@@ -155,15 +160,6 @@ def _label_names(model: nn.Module, names: Any) -> dict[str, list[str]]:
     return {"class_names": list(names)}
 
 
-def _open_clip_config(model: nn.Module, spec: dict) -> dict:
-    preprocess = preprocess_config(model)
-    size = preprocess["input_size"][1:]
-    return {
-        "model_cfg": model_config(spec, getattr(model, "embed_dim", None), size, model.context_length),
-        "preprocess_cfg": {**open_clip_preprocess(preprocess), "size": size},
-    }
-
-
 def _card(model: nn.Module, name: str, spec: dict, metrics: Mapping[str, float], license: str | None) -> str:
     """The text of README.md: sizes, routing, metrics, how to load; its head is what the hub reads."""
     from huggingface_hub import ModelCard, ModelCardData
@@ -176,20 +172,21 @@ def _card(model: nn.Module, name: str, spec: dict, metrics: Mapping[str, float],
         tags=["mixture-of-experts", "vmoe"],
     )
     total, active = count_parameters(model)
-    rows = {"architecture": f"`{spec['name']}`{', upcycled' * ('upcycle' in spec)}", "image size": _size(model)}
-    rows |= {
+    about = {
+        "architecture": f"`{spec['name']}`{', upcycled' * ('upcycle' in spec)}",
+        "image size": " × ".join(map(str, preprocess_config(model)["input_size"][1:])),
         "parameters": f"{total:,}",
         "active parameters of a token": f"{active:,}",
         "license": license or "not given",
     }
-    parts = [f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{ABOUT}\n\n", _table("", rows)]
+    text = f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{ABOUT}\n\n" + _table(about)
     if layers := [layer for layer in model.modules() if isinstance(layer, SparseMoE)]:
-        parts.append(_table(f"\n## Routing\n\nSparse layers: {len(layers)}\n\n", _routing(layers[0])))
+        text += f"\n## Routing\n\nSparse layers: {len(layers)}\n\n" + _table(_routing(layers[0]))
     if metrics:
-        parts.append(_table("\n## Metrics\n\n", {key: _text(value) for key, value in metrics.items()}))
+        shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in metrics.items()}
+        text += "\n## Metrics\n\n" + _table(shown)
     library = OPEN_CLIP_CODE if image_text else TIMM_CODE
-    parts.append(LOADING.replace("{library}", library).replace("{source}", f"local-dir:{name}"))
-    return str(ModelCard("".join(parts)))
+    return str(ModelCard(text + LOADING.replace("{library}", library).replace("{source}", f"local-dir:{name}")))
 
 
 LOADING = """
@@ -225,19 +222,9 @@ def _routing(layer: SparseMoE) -> dict[str, str]:
     }
 
 
-def _text(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _size(model: nn.Module) -> str:
-    return " × ".join(map(str, preprocess_config(model)["input_size"][1:]))
-
-
-def _table(head: str, rows: Mapping[str, str]) -> str:
-    cells = ((_cell(key), _cell(value)) for key, value in rows.items())
-    return head + "| | |\n| --- | --- |\n" + "".join(f"| {key} | {value} |\n" for key, value in cells)
-
-
-def _cell(text: str) -> str:
-    """One cell's text, whatever it holds: a line break or a bar would begin another row or cell."""
-    return " ".join(str(text).split()).replace("\\", "\\\\").replace("|", "\\|")
+def _table(rows: Mapping[str, object]) -> str:
+    """Two columns. A line break or a bar in a cell would begin another row or cell."""
+    cells = [
+        [" ".join(str(each).split()).replace("\\", "\\\\").replace("|", "\\|") for each in row] for row in rows.items()
+    ]
+    return "| | |\n| --- | --- |\n" + "".join(f"| {key} | {value} |\n" for key, value in cells)
