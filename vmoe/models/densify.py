@@ -54,12 +54,10 @@ def densify(model: nn.Module, how: str | int = "average", usage: Usage | None = 
     UpcycleError or ValueError for layers with shared experts, usage that does not fit, or an unknown `how`.
     """
     model = unwrap(model)
-    layers, spec = _layers(model), known_spec(model)
-    for name, layer in layers.items():
-        if layer.shared is not None:
-            raise UpcycleError(f"{name} has a shared expert, which one MLP of the others' width cannot hold")
-        spec = _with_settings(spec, _tower(model, name), _dense_settings(model, name, layer), SETTING_NAMES)
-    spec = spec and {"name": spec["name"], "kwargs": spec["kwargs"]}
+    layers = _layers(model)
+    if shared := [name for name, layer in layers.items() if layer.shared is not None]:
+        raise UpcycleError(f"{shared[0]} has a shared expert, which one MLP of the others' width cannot hold")
+    spec = _dense_spec(model, {_tower(model, name): layer for name, layer in layers.items()})
     dense, baseline = copy.deepcopy(model), _baseline(spec)
     for name, layer in layers.items():
         origin = getattr(layer, "upcycled_from", None) or _plain_origin(layer, baseline.get(name))
@@ -87,13 +85,18 @@ def _baseline(spec: dict | None) -> dict[str, nn.Module]:
     return {}
 
 
-def _dense_settings(model: nn.Module, name: str, layer: SparseMoE) -> dict[str, Any]:
-    """What makes the dense model, or tower that holds the layer, of the same class."""
-    width, kind = layer.settings.expert_width, layer.settings.expert_mlp
-    tower = model if _tower(model, name) == "text" else getattr(model, "visual", model)
-    if isinstance(tower, SigLino):  # its blocks of `moe_layers` have such MLPs without experts too
-        return {"num_experts": 0, "expert_width": width, "expert_mlp": kind}
-    return {"num_experts": 0, **({} if width is None else {"mlp_ratio": width / layer.in_features})}
+def _dense_spec(model: nn.Module, towers: Mapping[str, SparseMoE]) -> dict | None:
+    """What makes the dense model of the same class, given a sparse layer of each tower that has some."""
+    spec = known_spec(model)
+    for tower, layer in towers.items():
+        own, width = {"num_experts": 0}, layer.settings.expert_width
+        if tower != "text" and isinstance(getattr(model, "visual", model), SigLino):
+            # Its blocks of `moe_layers` have such MLPs without experts too.
+            own |= {"expert_width": width, "expert_mlp": layer.settings.expert_mlp}
+        elif width is not None:
+            own["mlp_ratio"] = width / layer.in_features
+        spec = _with_settings(spec, tower, own, SETTING_NAMES)
+    return spec and {"name": spec["name"], "kwargs": spec["kwargs"]}
 
 
 def prune_experts(model: nn.Module, keep: int | float, usage: Usage) -> nn.Module:
