@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from vmoe.models.siglino_attention import SinkAttention, golden_frequencies, patch_positions, rotation
 from vmoe.models.text import attention_bias, masked_mean, text_routing
 from vmoe.models.timm_builder import register_models
-from vmoe.models.vision import BlocksMixin, sparse_blocks, without_fused_attention
+from vmoe.models.vision import BlocksMixin, scale_depth, sparse_blocks, without_fused_attention
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import PRESETS
 from vmoe.moe.experts import GATED_ACTIVATIONS
@@ -209,11 +209,9 @@ class SigLino(BlocksMixin, nn.Module):
                     nn.init.zeros_(module.bias)
         with torch.no_grad():
             self.frequencies.copy_(golden_frequencies(*self.golden))
-            for index, block in enumerate(self.blocks):
-                nn.init.zeros_(block.attn.sinks)
-                for name, parameter in block.named_parameters():
-                    if name.endswith(("proj.weight", "fc2.weight")):
-                        parameter.div_((2 * (index + 1)) ** 0.5)
+        scale_depth(self.blocks)
+        for block in self.blocks:
+            nn.init.zeros_(block.attn.sinks)
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=0.02)
