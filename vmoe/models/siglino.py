@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,16 +38,6 @@ ROUTING_DEFAULTS = {**PRESETS["deepseek"], "num_experts": 28, "num_selected_expe
 ROUTING_DEFAULTS |= {"normalize_weights": False, "num_shared_experts": 0}
 # SigLIP 2's attention pooling (So400m).
 POOL_HEADS, POOL_WIDTH = 16, 4304
-
-
-class Tokens(NamedTuple):
-    """The blocks' input, and what they know of it: the rotation of queries and keys, and of a batch with padding
-    what hides it from attention and which tokens are real."""
-
-    x_BTD: Tensor
-    rotation_BHTr: Tensor
-    bias_B11T: Tensor | None
-    mask_BT: Tensor | None
 
 
 class PatchEmbed(nn.Module):
@@ -226,8 +216,11 @@ class SigLino(BlocksMixin, nn.Module):
 
     # --- tokens ---
 
-    def tokens(self, x: Tensor, padding_mask: Tensor | None = None, spatial_shapes: Tensor | None = None) -> Tokens:
-        """Images (B, 3, H, W), or patches with their mask (B, P) and grids (B, 2); arguments as of `forward`."""
+    def tokens(
+        self, x: Tensor, padding_mask: Tensor | None = None, spatial_shapes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """(B, T, D) of images or patches, arguments as of `forward`, and what the blocks know of them: the rotation of
+        queries and keys, and of a batch with padding what hides it from attention and which tokens are real."""
         if x.ndim == 4:
             if padding_mask is not None:
                 raise ValueError("images have no padding: leave padding_mask out, or give patches (B, P, pixels)")
@@ -247,7 +240,7 @@ class SigLino(BlocksMixin, nn.Module):
         x_BPD = self.patch_embed(patches_BPx)
         prefix = [each.expand(x.shape[0], -1, -1) for each in (self.cls_token, self.reg_token) if each is not None]
         position_BT2 = F.pad(position_BP2, (0, 0, self.num_prefix_tokens, 0))
-        return Tokens(torch.cat([*prefix, x_BPD], dim=1), rotation(position_BT2, self.frequencies), bias_B11T, mask_BT)
+        return torch.cat([*prefix, x_BPD], dim=1), rotation(position_BT2, self.frequencies), bias_B11T, mask_BT
 
     def _check_patches(self, x_BPx: Tensor, padding_mask: Tensor | None, spatial_shapes: Tensor | None) -> Tensor:
         """The grids of patches; ValueError if they or the mask do not fit the patches."""
