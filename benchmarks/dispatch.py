@@ -80,12 +80,12 @@ class Pieces:
 
     @torch.no_grad()
     def given(self, x_GND: Tensor, gradient_GND: Tensor) -> Given:
-        routing = self.router.route(x_GND)
+        routing = self.router.choose(self.router.forward(x_GND))
         plan = self.plan(routing)
         return Given(x_GND, gradient_GND, routing, plan, dispatch(x_GND, plan))
 
     def all_but_experts(self, x_GND: Tensor) -> Tensor:
-        routing = self.router.route(x_GND)
+        routing = self.router.choose(self.router.forward(x_GND))
         plan = self.plan(routing)
         return combine(dispatch(x_GND, plan), routing.combine_weights_GNK, plan)
 
@@ -108,7 +108,7 @@ class Pieces:
                 "one-hot matrices": lambda given: one_hot(given.x_GND, given, self.num_experts, self.capacity),
             }
         return {
-            "router": lambda given: self.router.route(given.x_GND),
+            "router": lambda given: self.router.choose(self.router.forward(given.x_GND)),
             "plan, BPR": lambda given: self.plan(given.routing),
             "plan, vanilla": lambda given: self.plan(given.routing, priority=False),
             "two sorts alone": self.sort,

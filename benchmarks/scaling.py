@@ -112,7 +112,7 @@ def _call(module: nn.Module, key: Any, backward: bool, inputs: dict[Any, tuple[T
 @torch.no_grad()
 def _rows(layer: SparseMoE, case: Case, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
     """The input of the experts of a layer for this input: (rows, rows of each expert)."""
-    routing = layer.router.route(x_BTD)
+    routing = layer.router.choose(layer.router.forward(x_BTD))
     capacity = expert_capacity(case.tokens, case.experts, case.selected, case.capacity)
     plan = plan_dispatch(routing.expert_index_GNK, case.experts, capacity, routing.priority_GN)
     return dispatch(x_BTD, plan), plan.count_E

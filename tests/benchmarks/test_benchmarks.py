@@ -143,7 +143,7 @@ def test_the_one_hot_way_gives_the_same():
     torch.manual_seed(0)
     config = RoutingSettings(num_experts=4, num_selected_experts=2)
     router, x_GND = TopKRouter(8, config).eval(), torch.randn(2, 10, 8)
-    routing = router.route(x_GND)
+    routing = router.choose(router.forward(x_GND))
     plan = plan_dispatch(routing.expert_index_GNK, 4, 4, routing.priority_GN)
     assert not plan.kept_GNK.all()
     given = dispatch.Given(x_GND, x_GND, routing, plan, gather(x_GND, plan))

@@ -109,12 +109,8 @@ class TopKRouter(Gate):
             self._count(routing, groups.mask_GN)
         return TopKAssignment(routing, None if most is None else G // M * most, plan)
 
-    def route(self, x_GND: Tensor) -> Routing:
-        """(G, N, D) -> `Routing`, without a queue."""
-        return self.choose(self.forward(x_GND))
-
     def choose(self, logits: Tensor | tuple[Tensor, Tensor]) -> Routing:
-        """The K experts of each token and their weights."""
+        """The K experts of each token and their weights, without a queue."""
         device = self.weight.device
         with without_autocast(device):
             routing, scores_GNE = self.gates(logits)
