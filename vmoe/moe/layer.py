@@ -202,23 +202,8 @@ class SparseMoE(nn.Module):
         if not records and lost and self._learns and self.losses.any_for(assignment.routing):
             warn_of_lost_losses()
         for record in records:
-            index_GNK, weights_GNK, kept_GNK = assignment.listed()
-            *batch, length = groups.leading or (1,)
-            routing = LayerRouting(
-                routing=assignment.routing,
-                expert_index=index_GNK,
-                combine_weights=weights_GNK,
-                kept=kept_GNK,
-                mask=torch.ones_like(kept_GNK[..., 0]) if groups.mask_GN is None else groups.mask_GN,
-                modality=groups.modality_GN,
-                batch_shape=(math.prod(batch), length),
-                groups=groups,
-                loss_function=self.losses,
-                learns=self._learns,
-                attached=self._attaches,
-                backend=backend_name(self.experts, y_GND),
-            )
-            record.calls.append((record.names[self], routing))
+            about = (groups, self.losses, self._learns, self._attaches, backend_name(self.experts, y_GND))
+            record.calls.append((record.names[self], LayerRouting(assignment.routing, *assignment.listed(), *about)))
 
 
 def _with_slots(config: RoutingSettings, num_tokens: int | None) -> RoutingSettings:

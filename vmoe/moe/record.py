@@ -34,10 +34,7 @@ class LayerRouting:
         combine_weights: (G, N, K) their weights (with the noise, in training); where experts or slots choose without a
             gradient, and zero for experts that did not take the token.
         kept: (G, N, K) bool, the expert had capacity for the token.
-        mask: (G, N) bool, False for padding.
-        modality: (G, N) index into `modalities`, or None where there is only the first of them.
-        batch_shape: (B, T) of the layer's input; see `tokens`.
-        groups: how its tokens lie in (G, N).
+        groups: how the tokens lie in (G, N).
         loss_function: the layer's weighted losses.
         learns: the layer is in training and its gate is not frozen.
         attached: the layer adds the gradients of its losses itself (`auxiliary_loss="attach"`).
@@ -48,9 +45,6 @@ class LayerRouting:
     expert_index: Tensor
     combine_weights: Tensor
     kept: Tensor
-    mask: Tensor
-    modality: Tensor | None
-    batch_shape: tuple[int, int]
     groups: TokenGroups
     loss_function: AuxiliaryLosses
     learns: bool
@@ -61,6 +55,22 @@ class LayerRouting:
     def gates(self) -> Tensor:
         """(G, N, E) softmax of the gate's logits, without noise; zero for experts of an ensemble's other members."""
         return self.routing.over_all_experts(self.routing.gates_GNE)
+
+    @property
+    def mask(self) -> Tensor:
+        """(G, N) bool, False for padding."""
+        return torch.ones_like(self.kept[..., 0]) if self.groups.mask_GN is None else self.groups.mask_GN
+
+    @property
+    def modality(self) -> Tensor | None:
+        """(G, N) index into `modalities`, or None where there is only the first of them."""
+        return self.groups.modality_GN
+
+    @property
+    def batch_shape(self) -> tuple[int, int]:
+        """(B, T) of the layer's input; see `tokens`."""
+        *batch, length = self.groups.leading or (1,)
+        return math.prod(batch), length
 
     @property
     def modalities(self) -> tuple[str, ...]:
