@@ -63,10 +63,11 @@ def create_model(name: str | None = None, pretrained: str | Path | None = None, 
         return model
     file = find_weights(pretrained)
     stored, metadata = StoredTensors(file), read_pretrained_metadata(file)
-    spec, changes = _spec_for_file(file, name, kwargs), {"new_head": "num_classes" in kwargs, "new_size": True}
+    changes = {"new_head": "num_classes" in kwargs, "new_size": True}
     if name in (None, metadata["name"]):
-        model = _build_for_file(stored, spec, kwargs)
+        model = _build_for_file(stored, metadata, kwargs)
     else:  # the architecture is the caller's, of any size: whether the weights fit it is known without memory
+        spec = {"name": name, "kwargs": _without_image_weights(kwargs)}
         load_weights(on_meta(build, spec), stored, **changes)
         model = build(spec)
     load_weights(model, stored, **changes)
@@ -86,8 +87,9 @@ def build(spec: dict) -> nn.Module:
     return model
 
 
-def _build_for_file(stored: StoredTensors, spec: dict, kwargs: dict) -> nn.Module:
+def _build_for_file(stored: StoredTensors, metadata: dict, kwargs: dict) -> nn.Module:
     """A new model by the settings of a file, with the user's over them: no larger than the file makes plausible."""
+    spec = _merged(stored.source, metadata, _without_image_weights(kwargs))
     source = f"{stored.source}, with your {', '.join(kwargs)}" if kwargs else stored.source
     try:
         with bounded_model(source, sum(map(math.prod, stored.shapes.values())), len(stored.shapes)):
@@ -157,11 +159,8 @@ def _downloaded(name: str | None, source: str, kwargs: dict) -> nn.Module | None
         raise WeightsError(cannot_download(f"weights of {source}", error)) from error
 
 
-def _spec_for_file(file: Path, name: str | None, kwargs: dict) -> dict:
-    """The specification of a model that takes a file's weights: the file's, with the user's settings over it."""
-    metadata, kwargs = read_pretrained_metadata(file), _without_image_weights(kwargs)
-    if name is not None and name != metadata["name"]:
-        return {"name": name, "kwargs": kwargs}
+def _merged(file: Path, metadata: dict, kwargs: dict) -> dict:
+    """The specification of a file's model, with the user's settings over it."""
     name = metadata["name"]
     spec = {key: metadata[key] for key in ("upcycle", "experts") if key in metadata}
     if "upcycle" in spec:  # routing settings are those of `upcycle`
