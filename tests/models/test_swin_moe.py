@@ -120,6 +120,14 @@ def test_the_tools_of_other_models_work(settings, tmp_path):
     assert 0 < (stored - logits).abs().max() < 0.05 * logits.abs().max()
 
 
+def test_soft_routing_in_stages_of_different_sizes_comes_back(tmp_path):
+    model = tiny(router="soft", moe_layers=[0, 2])
+    assert [layer.settings.num_slots for layer in model.modules() if isinstance(layer, SparseMoE)] == [16, 4]
+    save_pretrained(model, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(create_model(pretrained=tmp_path / "model.safetensors").eval()(IMAGES), model(IMAGES))
+
+
 def test_training_reaches_every_part_and_timms_interfaces_work():
     model = tiny(gate="cosine", cosine_dim=6, mlp_fc2_bias=False).train()
     model.set_grad_checkpointing()

@@ -121,15 +121,16 @@ def on_meta(build: Callable[[Any], nn.Module], spec: Any) -> nn.Module:
 
 
 def with_slots(model: nn.Module, kwargs: dict) -> dict:
-    """Settings with the slots of soft routers, which else follow from an image size that may change."""
+    """Settings with the slots of soft routers, which else follow from an image size that may change; without them if
+    they differ, as in the stages of a Swin."""
     if isinstance(model, TwoTower):
         for tower, module in zip(TOWERS, (model.visual, model.text), strict=True):
             own = kwargs.get(tower) or {}
             if (new := with_slots(module, own)) != own:
                 kwargs = {**kwargs, tower: new}
         return kwargs
-    slots = [layer.settings.num_slots for layer in model.modules() if isinstance(layer, SparseMoE)]
-    return {**kwargs, "num_slots": slots[0]} if any(slots) else kwargs
+    slots = {layer.settings.num_slots for layer in model.modules() if isinstance(layer, SparseMoE)}
+    return {**kwargs, "num_slots": slots.pop()} if len(slots) == 1 and None not in slots else kwargs
 
 
 def model_spec(model: nn.Module) -> dict:

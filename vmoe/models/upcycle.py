@@ -380,11 +380,9 @@ def _steps(sparse: nn.Module, mlps: dict[str, bool], settings: dict) -> list[dic
     """The arguments of `upcycle` that make the same layers: one step, or one for each tower if they differ."""
     steps = {}
     for is_text in sorted(set(mlps.values())):
-        layers = [sparse.get_submodule(name).settings for name, text in mlps.items() if text == is_text]
-        # Soft routers' slots would else follow from an image size that may change; if they differ they do.
-        slots = {layer.num_slots for layer in layers}
-        own = {"num_slots": slots.pop()} if len(slots) == 1 and None not in slots else {}
-        steps["text" if is_text else "image"] = {**settings, "capacity_factor": layers[0].capacity_factor, **own}
+        layers = nn.ModuleList(sparse.get_submodule(name) for name, text in mlps.items() if text == is_text)
+        step = {**settings, "capacity_factor": layers[0].capacity_factor}
+        steps["text" if is_text else "image"] = with_slots(layers, step)
     if len(steps) == 2 and steps["image"] != steps["text"]:
         return [{**step, "tower": tower} for tower, step in steps.items()]
     return list(steps.values())[:1]
