@@ -71,17 +71,12 @@ def resolve_config(config: str | Path | Mapping[str, Any]) -> tuple[dict[str, An
         file = Path(config)
         if not file.is_file():
             raise ValueError(f"--config must be a JSON file or one of {sorted(RELEASED)}, got {str(config)!r}")
-        config = read_config(file)
+        try:
+            config = read_json(file)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{file} is not a readable JSON file: {error}") from error
     values = Section(config).values
     return (Section(values["model"], "model").values if "model" in values else values), {}
-
-
-def read_config(file: Path) -> Any:
-    """The content of a JSON file, or a ValueError that names it."""
-    try:
-        return read_json(file)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{file} is not a readable JSON file: {error}") from error
 
 
 def convert_checkpoint(

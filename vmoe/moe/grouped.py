@@ -28,12 +28,9 @@ def local_experts(parameter: Tensor | None) -> Tensor | None:
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, scale: float) -> Tensor:
+    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
         return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        _, ctx.scale = inputs
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -152,7 +152,9 @@ class SparseMoE(nn.Module):
         if self.shared is not None:
             y_GND = y_GND + groups.real(self.shared(x_GND))
         self._record(y_GND, assignment, groups)
-        return groups.ungroup(self._attach_losses(y_GND, assignment, groups))
+        if self._attaches:
+            y_GND = attach_loss(y_GND, self.losses.compute(assignment.routing, groups)["auxiliary_loss"])
+        return groups.ungroup(y_GND)
 
     def _group(self, x_BTD: Tensor, mask_BT: Tensor | None, modality_BT: Tensor | None) -> tuple[Tensor, TokenGroups]:
         """Groups of `group_size`; without one all tokens are one group, or where tokens are chosen each sequence is."""
@@ -189,12 +191,6 @@ class SparseMoE(nn.Module):
     @property
     def _attaches(self) -> bool:
         return self.auxiliary_loss == "attach" and self.training and torch.is_grad_enabled()
-
-    def _attach_losses(self, y_GND: Tensor, assignment: Assignment, groups: TokenGroups) -> Tensor:
-        """The output, whose backward pass adds the gradients of the losses if that is set."""
-        if not self._attaches:
-            return y_GND
-        return attach_loss(y_GND, self.losses.compute(assignment.routing, groups)["auxiliary_loss"])
 
     def _record(self, y_GND: Tensor, assignment: Assignment, groups: TokenGroups) -> None:
         """Hands the routing to the active records, and warns if nobody sees the losses."""
