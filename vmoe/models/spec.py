@@ -17,10 +17,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from vmoe.models.limoe import LIMOE_CONFIGS, LIMoE
-from vmoe.models.naflex import NaFlexVisionMoE
 from vmoe.models.open_clip_models import build_open_clip, is_open_clip, open_clip_names, open_clip_spec
-from vmoe.models.siglino import SigLino
-from vmoe.models.swin_moe import SwinMoE
 from vmoe.models.text import TextTransformer
 from vmoe.models.two_tower import TOWERS, TWO_TOWER_CONFIGS, TwoTower, merge_settings
 from vmoe.models.validation import without_loading
@@ -105,9 +102,13 @@ def _advice(name: str, kwargs: dict, unknown: str) -> str:
 
 def _parameters(owner: type) -> set[str]:
     """The arguments of a class, of its base classes and experts."""
-    routed = (VisionMoE, NaFlexVisionMoE, SwinMoE, SigLino, TextTransformer, LIMoE)
-    routing = SETTING_NAMES if issubclass(owner, routed) else set()
+    routing = SETTING_NAMES if _takes_experts(owner) else set()
     return routing.union(*(inspect.signature(one).parameters for one in owner.__mro__[:-1]))
+
+
+def _takes_experts(owner: type) -> bool:
+    """A class of this package with experts in the blocks of `moe_layers`."""
+    return "moe_layers" in inspect.signature(owner.__init__).parameters
 
 
 def on_meta(build: Callable[[Any], nn.Module], spec: Any) -> nn.Module:
@@ -164,7 +165,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[dict, bool]]:
         tagged = f"{name}.{config.get('tag')}"
         # Newer versions of timm keep the arguments, ours do in any version.
         kwargs = with_slots(model, without_loading(getattr(model, "_model_args", {})))
-        is_own = isinstance(model, (VisionMoE, NaFlexVisionMoE, SwinMoE, SigLino))
+        is_own = _takes_experts(type(model))
         if is_own and not any(isinstance(module, SparseMoE) for module in model.modules()):
             kwargs["num_experts"] = 0
         yield {"name": tagged if tagged in timm.list_pretrained() else name, "kwargs": kwargs}, is_own
