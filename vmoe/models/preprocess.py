@@ -8,10 +8,10 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from vmoe.models.limoe import LIMoE
+from vmoe.models.validation import PREPROCESSING
 
 # open_clip's `resize_mode` and timm's `crop_mode`; both crop or pad to the whole size.
 CROP_MODES = {"shortest": "center", "longest": "border", "squash": "squash"}
-KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 def in_chans(model: nn.Module) -> int:
@@ -35,7 +35,7 @@ def preprocess_config(model: nn.Module) -> dict:
     for key in ("mean", "std"):
         values = tuple(config[key])
         config[key] = values if len(values) == channels else (sum(values) / len(values),) * channels
-    return {key: config[key] for key in KEYS}
+    return {key: config[key] for key in PREPROCESSING}
 
 
 def set_preprocess(model: nn.Module, config: Mapping[str, Any]) -> None:
@@ -45,10 +45,10 @@ def set_preprocess(model: nn.Module, config: Mapping[str, Any]) -> None:
     if _built_size(visual) or "input_size" not in config:
         config["input_size"] = own["input_size"]
     config["input_size"] = (own["input_size"][0], *config["input_size"][1:])
-    if all(config.get(key, own[key]) == own[key] for key in KEYS):
+    if all(config.get(key, own[key]) == own[key] for key in PREPROCESSING):
         return
     if getattr(visual, "pretrained_cfg", None) and not hasattr(visual, "preprocess_cfg"):
-        visual.pretrained_cfg = {**visual.pretrained_cfg, **{key: config[key] for key in KEYS if key in config}}
+        visual.pretrained_cfg = {**visual.pretrained_cfg, **config}
     else:
         visual.preprocess_cfg = {"mode": "RGB", "fill_color": 0, **open_clip_preprocess({**own, **config})}
 

@@ -18,7 +18,7 @@ from vmoe.moe.quantize import STORED
 LOADING = frozenset({"pretrained", "pretrained_cfg", "checkpoint_path", "cache_dir", "pretrained_model_args"})
 # The same of open_clip's models.
 LOADING |= {"hf_model_name", "hf_model_pretrained", "hf_tokenizer_name", "timm_model_pretrained"}
-PREPROCESSING = frozenset({"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"})
+PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 # The largest value of a setting: blocks, and pixels of an image's side.
 LIMITS = {"depth": 1000, "img_size": 2**13, "image_size": 2**13, "input_size": 2**13}
 # A classifier of other classes, and positions for other images, may be larger than those of the file.
@@ -78,7 +78,7 @@ def _check_setting(key: str, value: Any, where: str) -> None:
 
 
 def _check_preprocessing(values: Any, where: str) -> None:
-    if not isinstance(values, dict) or not values.keys() <= PREPROCESSING:
+    if not isinstance(values, dict) or not values.keys() <= set(PREPROCESSING):
         raise ValueError(f"{where} must hold nothing but {', '.join(sorted(PREPROCESSING))}")
     for key, value in values.items():
         _check_setting(key, value, f"{where}.{key}")
