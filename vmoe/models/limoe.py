@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vmoe.models.contrastive import INIT_LOGIT_SCALE, ImageTextModel
 from vmoe.models.text import SIZES, STYLE, attention_bias, embed_text, make_blocks, masked_mean, text_mask, text_routing
-from vmoe.models.vision import BlocksMixin, without_fused_attention
+from vmoe.models.vision import BlocksMixin, choose_attention
 from vmoe.moe import SparseMoE
 from vmoe.moe.autograd import on_eager_cpu
 from vmoe.moe.config import PRESETS
@@ -149,8 +149,7 @@ class LIMoE(BlocksMixin, ImageTextModel):
         self.norm = STYLE["norm_layer"](width)
         pools = [AttentionPoolLatent(width, num_heads=num_heads, **STYLE) if pool == "map" else None for _ in range(2)]
         self.image_pool, self.text_pool = pools
-        if settings.get("backend") == "reference":
-            without_fused_attention(self)
+        choose_attention(self, settings)
         self.image_projection = nn.Linear(width, embed_dim, bias=False)
         self.text_projection = nn.Linear(width, embed_dim, bias=False)
         self.init_weights(needs_reset=False)

@@ -23,11 +23,11 @@ from vmoe.models.timm_builder import register_models
 from vmoe.models.vision import (
     ROUTING_DEFAULTS,
     check_rotation,
+    choose_attention,
     scale_depth,
     sparse_blocks,
     take_routing,
     without_decay,
-    without_fused_attention,
 )
 from vmoe.moe import SparseMoE
 
@@ -160,8 +160,7 @@ class NaFlexVisionMoE(NaFlexVit):
         pass_padding_on(self)
         if pos_embed == "rope":
             check_rotation(self.blocks[0].attn.head_dim, pos_temperature)
-        if routing.get("backend") == "reference":
-            without_fused_attention(self)
+        choose_attention(self, routing)
         if chosen:
             self.init_weights(needs_reset=False)
 

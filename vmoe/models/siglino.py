@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from vmoe.models.siglino_attention import SinkAttention, golden_frequencies, patch_positions, rotation
 from vmoe.models.text import attention_bias, masked_mean, text_routing
 from vmoe.models.timm_builder import register_models
-from vmoe.models.vision import BlocksMixin, scale_depth, sparse_blocks, without_fused_attention
+from vmoe.models.vision import BlocksMixin, choose_attention, scale_depth, sparse_blocks
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import PRESETS
 from vmoe.moe.experts import GATED_ACTIVATIONS
@@ -164,8 +164,7 @@ class SigLino(BlocksMixin, nn.Module):
         self.norm = nn.RMSNorm(embed_dim, norm_eps)
         self._add_teachers({"dinov3": 1024, "siglip2": 1152, **(teacher_dims or {})})
         self.head_drop = nn.Dropout(drop_rate)
-        if settings.get("backend") == "reference":
-            without_fused_attention(self)
+        choose_attention(self, settings)
         self.reset_classifier(num_classes, global_pool)
         self.init_weights(needs_reset=False)
 

@@ -20,7 +20,7 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 
 from vmoe.models.timm_builder import register_models
-from vmoe.models.vision import sparse_blocks, take_routing, without_decay, without_fused_attention
+from vmoe.models.vision import choose_attention, sparse_blocks, take_routing, without_decay
 from vmoe.moe import SparseMoE
 
 # Tutel's rules: one expert per token, the surest first, within the same capacity in training and evaluation.
@@ -140,8 +140,7 @@ class SwinMoE(SwinTransformer):
                 block.mlp.experts.fc2.bias.requires_grad_(mlp_fc2_bias)
             elif not mlp_fc2_bias:
                 block.mlp.fc2.bias = None
-        if routing.get("backend") == "reference":
-            without_fused_attention(self)
+        choose_attention(self, routing)
         if weight_init != "skip":
             self.init_weights(needs_reset=False)
 

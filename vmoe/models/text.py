@@ -14,7 +14,7 @@ from timm.models import named_apply
 from timm.models.vision_transformer import Block, get_init_weights_vit
 from torch import Tensor, nn
 
-from vmoe.models.vision import BlocksMixin, norm_queries_and_keys, sparse_blocks, take_routing, without_fused_attention
+from vmoe.models.vision import BlocksMixin, choose_attention, norm_queries_and_keys, sparse_blocks, take_routing
 from vmoe.moe import SparseMoE
 from vmoe.moe.layer import ROUTERS
 
@@ -161,8 +161,7 @@ class TextTransformer(BlocksMixin, nn.Module):
             self.attn_pool = AttentionPoolLatent(width, num_heads=num_heads, mlp_ratio=mlp_ratio, **STYLE)
         if qk_norm:
             norm_queries_and_keys(self)
-        if settings.get("backend") == "reference":
-            without_fused_attention(self)
+        choose_attention(self, settings)
         self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
         self.init_weights(needs_reset=False)
 

@@ -24,7 +24,7 @@ from vmoe.models.limoe import LIMoE
 from vmoe.models.naflex import NaFlexVisionMoE, pass_padding_on
 from vmoe.models.spec import build_dense, difference, known_spec, named_tensors, remember, with_slots
 from vmoe.models.two_tower import TwoTower
-from vmoe.models.vision import VisionMoE, sparse_blocks, without_decay, without_fused_attention
+from vmoe.models.vision import VisionMoE, choose_attention, sparse_blocks, without_decay
 from vmoe.moe import SparseMoE
 from vmoe.moe.config import SETTING_NAMES, with_preset
 from vmoe.moe.experts import refuse_adapters
@@ -111,8 +111,7 @@ def upcycle(
         add_noise(layer.experts, expert_noise)
         sparse.set_submodule(name, layer)
     pass_padding_on(sparse)
-    if settings.get("backend") == "reference":
-        without_fused_attention(sparse)
+    choose_attention(sparse, settings)
     if clusters is not None:
         sparse.upcycle_differences = clusters.differences(sparse)
     _keep_parameter_groups(model, sparse)

@@ -94,9 +94,9 @@ def without_decay(model: nn.Module) -> set[str]:
     return names
 
 
-def without_fused_attention(model: nn.Module) -> None:
-    """Computes attention by plain operations, which have derivatives of any order."""
-    for module in model.modules():
+def choose_attention(model: nn.Module, settings: dict) -> None:
+    """With backend="reference" attention is plain operations too, which have derivatives of any order."""
+    for module in model.modules() if settings.get("backend") == "reference" else ():
         if hasattr(module, "fused_attn"):
             module.fused_attn = False
 
@@ -273,8 +273,7 @@ class VisionMoE(VisionTransformer):
         self.rope = self._rotary_positions(pos_temperature) if pos_embed == "rope" else None
         if qk_norm:
             norm_queries_and_keys(self)
-        if routing.get("backend") == "reference":
-            without_fused_attention(self)
+        choose_attention(self, routing)
         self._add_representation(representation_size)
 
     def _rotary_positions(self, temperature: float) -> nn.Module:
