@@ -131,6 +131,10 @@ def test_an_estimate_that_is_too_low_does_not_break_the_bound():
     with pytest.raises(ConfigError, match=r"data.cache_gb is 0.0003, and the decoded images need about 0.01 GB"):
         cache_images({"data.train": large}, 3e5)
     assert large.cache is None
+    small.cache = None
+    with pytest.raises(ConfigError):
+        cache_images({"data.val": small, "data.train": large}, 3e5)
+    assert small.cache is None  # all are kept, or none
     assert cache_images({"data.train": large}, needed) == needed
     assert large.cache[1].image.shape == (20, 20, 3)
 

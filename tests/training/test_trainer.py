@@ -167,6 +167,7 @@ def test_a_cache_larger_than_its_bound_is_refused_before_anything_is_written(mak
         ({}, "cache: 24 decoded images, "),  # 6 steps of 8 images: two epochs
         ({"train.steps": 2, "train.accumulate_steps": 3}, "cache: 24 decoded images, "),
         ({"train.steps": 5}, ""),
+        ({"data.loader.batch_size": 7, "train.steps": None, "train.epochs": 2}, "cache: 24 decoded"),  # 3 are dropped
         ({"data.cache": None}, ""),
         ({"data.cache_gb": 1e-6}, "cache: none, data.cache_gb is 1e-06, and the decoded images need about 0.01 GB"),
     ],

@@ -18,12 +18,11 @@ SLACK = 1.2  # memory that is allocated beyond the estimate; the system provides
 
 
 class CacheTooSmall(ConfigError):
-    """The decoded images take more than the bound; `needed` are their bytes, by the names of the data's settings."""
+    """The decoded images do not fit: `reason` without the remedy."""
 
-    def __init__(self, needed: dict[str, float], max_bytes: float) -> None:
-        sizes = " and ".join(f"{math.ceil(size / 1e7) / 100:g} GB ({name})" for name, size in needed.items())
-        self.reason = f"data.cache_gb is {max_bytes / 1e9:g}, and the decoded images need about {sizes}"
-        super().__init__(f"{self.reason}: raise it, or set data.cache to null, and images are read from their files")
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"{reason}: raise it, or set data.cache to null, and images are read from their files")
 
 
 class ImageCache(Sequence[Sample]):
@@ -32,7 +31,10 @@ class ImageCache(Sequence[Sample]):
     def __init__(self, num_bytes: float) -> None:
         """`num_bytes`: an estimate of their size."""
         # One tensor: forked workers share its memory, and PyTorch shares it with others.
-        self._pixels = torch.empty(int(SLACK * num_bytes), dtype=torch.uint8)
+        try:
+            self._pixels = torch.empty(int(SLACK * num_bytes), dtype=torch.uint8)
+        except RuntimeError as error:
+            raise CacheTooSmall(f"data.cache_gb allows more than the system has memory for ({error})") from error
         self._starts = [0]
         self._samples: list[Sample | BadSample] = []  # with the image's (width, height) as its image
 
@@ -97,19 +99,26 @@ def cache_images(
     Returns their bytes. `progress` shows how much of an iterable is done, as rich's `track`. CacheTooSmall: the images
     take more than `max_bytes`; those of one size are not read then. DataError: a data set cannot be read.
     """
-    needed = {name: _estimate(dataset) for name, dataset in datasets.items()}
+    needed, caches = {name: _estimate(dataset) for name, dataset in datasets.items()}, {}
     if sum(needed.values()) > max_bytes:
-        raise CacheTooSmall(needed, max_bytes)
+        raise CacheTooSmall(_reason(needed, max_bytes))
     for name, dataset in datasets.items():
-        cache = ImageCache(needed[name])
+        cache = caches[name] = ImageCache(needed[name])
         indices = [range(len(dataset))[start : start + BLOCK] for start in range(0, len(dataset), BLOCK)]
         for done, block in enumerate(progress(_read(dataset, indices, num_workers), total=len(indices)), start=1):
             cache.add(*block)
             sizes = needed | {name: max(needed[name], cache.num_bytes)}
             if sum(sizes.values()) > max_bytes:  # the images are larger than those of the estimate
-                raise CacheTooSmall(needed | {name: cache.num_bytes * len(indices) / done}, max_bytes)
-        dataset.cache, needed[name] = cache, cache.num_bytes
+                raise CacheTooSmall(_reason(needed | {name: cache.num_bytes * len(indices) / done}, max_bytes))
+        needed[name] = cache.num_bytes
+    for name, dataset in datasets.items():
+        dataset.cache = caches[name]
     return sum(needed.values())
+
+
+def _reason(needed: dict[str, float], max_bytes: float) -> str:
+    sizes = " and ".join(f"{math.ceil(size / 1e7) / 100:g} GB ({name})" for name, size in needed.items())
+    return f"data.cache_gb is {max_bytes / 1e9:.3g}, and the decoded images need about {sizes}"
 
 
 def _read(

@@ -65,7 +65,6 @@ class BatchReader(Dataset):
         replace_bad: bool,
     ) -> None:
         self.dataset, self.transform, self.tokenizer = dataset, transform, tokenizer
-        self.samples = dataset if dataset.cache is None else dataset.cache
         self.seed, self.replace_bad = seed, replace_bad
         self.naflex = transform if isinstance(transform, NaFlexTransform) else None
         # Images stay bytes until the main process has the batch.
@@ -91,7 +90,8 @@ class BatchReader(Dataset):
         for attempt in range(MAX_REPLACEMENTS if self.replace_bad else 1):
             candidate = derive_seed(self.seed, epoch, index, attempt) % len(self.dataset) if attempt else index
             try:
-                image, label, caption, path = self.samples[candidate]
+                samples = self.dataset if self.dataset.cache is None else self.dataset.cache
+                image, label, caption, path = samples[candidate]
                 if self.naflex is not None:
                     self.naflex.check(image, path)
             except BadSample as error:

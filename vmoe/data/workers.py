@@ -13,7 +13,12 @@ def cpu_cores() -> int:
 
 def own_cores() -> int:
     """CPU cores for each of the job's processes on this machine, at least 1."""
-    return max(1, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cpu_cores() // local_processes())
+
+
+def local_processes() -> int:
+    """Processes of the job on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def leave_signals_to_the_main_process(_worker: int) -> None:

@@ -87,7 +87,8 @@ class DataConfig:
         cache: "memory" keeps all images of both decoded in memory, 3 bytes for a pixel: they are read once, before the
             first step, and batches are the same. "auto" does so if the run takes two epochs or more and the images fit
             into `cache_gb`. null: images are read from their files in each epoch.
-        cache_gb: Most memory of the cache in GB, in each process; with "memory", data that need more are an error.
+        cache_gb: Most memory of the cache in GB: with "memory" in each process, where data that need more are an error;
+            with "auto" in all processes of a machine together.
     """
 
     train: SourceConfig = field(default_factory=SourceConfig)

@@ -24,7 +24,7 @@ from vmoe.data.build import applies_orientation, build_dataset, with_orientation
 from vmoe.data.cache import CacheTooSmall, cache_images
 from vmoe.data.loader import batches_of
 from vmoe.data.naflex import NaFlexTransform
-from vmoe.data.workers import own_cores
+from vmoe.data.workers import local_processes, own_cores
 from vmoe.distributed.parallelize import is_sharded
 from vmoe.distributed.process_group import from_first
 from vmoe.evaluation import evaluate_classification, evaluate_retrieval, evaluate_zero_shot
@@ -112,17 +112,20 @@ class Task:
         data, train = self.config.data, self.config.train
         sets = {"data.train": self.train_data, "data.val": self.val_data}
         sets = {name: images for name, images in sets.items() if images is not None}
+        max_bytes = 1e9 * data.cache_gb
         if data.cache == "auto":
             sets = {name: images for name, images in sets.items() if not images.decoded}
-            taken = train.steps * train.accumulate_steps * min(data.loader.batch_sizes.values())
-            if taken < 2 * len(self.train_data):
+            epoch = batches_of(self.train_data, data.loader, self.config.seed).steps_per_epoch
+            if train.steps * train.accumulate_steps < 2 * epoch:
                 return
+            max_bytes /= local_processes()
         if data.cache is None or not sets:
             return
         began, hidden = time.monotonic(), not console.is_terminal  # to a file it would write an empty line
         shown = partial(track, description="images", console=console, transient=True, disable=hidden)
         try:
-            used = cache_images(sets, 1e9 * data.cache_gb, own_cores(), shown) / 1e9
+            workers = own_cores() if data.loader.num_workers else 0
+            used = cache_images(sets, max_bytes, workers, shown) / 1e9
         except CacheTooSmall as error:
             if data.cache == "memory":
                 raise

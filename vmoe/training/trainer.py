@@ -133,7 +133,6 @@ class Trainer:
         transform = image_transform(self.model, config.data.loader, config.data.augmentation)
         data, distiller = self.task.train_data, self.task.distiller
         tokenizer = getattr(distiller, "tokenizers", self.task.tokenizer)
-        self.task.cache_images(console)
         loader = train_loader(data, transform, tokenizer, config.data.loader, config.seed, device)
         self.step, self.progress = 0, {"seconds": 0.0, "loss": math.nan, "evaluation": {}, "evaluated": 0}
         if checkpoint is not None:
@@ -150,6 +149,7 @@ class Trainer:
                 say(console, line)
         if distiller is not None:  # in all processes; the console of the first one alone prints
             say(console, distiller.describe(self.task.val_data if checkpoint is None else None))
+        self.task.cache_images(console)
         self.batches = Prefetch(loader, config.train.accumulate_steps)
         self.skipped = 0  # consecutive steps that the fp16 gradient scaler skipped
         self.images, self.seconds, self.teacher_seconds = 0, 0.0, 0.0  # since the last logged step
