@@ -200,9 +200,18 @@ def test_with_a_capacity_the_batch_size_is_part_of_the_key(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+def set_in_directory(file, offset, value):
+    """Changes a byte of the last entry of a zip file's directory."""
+    content = bytearray(file.read_bytes())
+    content[content.rindex(b"PK\x01\x02") + offset] = value
+    file.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     "harm",
     [
+        lambda file: set_in_directory(file, 6, 109),
+        lambda file: set_in_directory(file, 8, 1),
         lambda file: file.write_bytes(file.read_bytes()[:-100]),
         lambda file: file.write_bytes(file.read_bytes()[:20]),
         lambda file: file.write_bytes(b""),
@@ -210,7 +219,7 @@ def test_with_a_capacity_the_batch_size_is_part_of_the_key(tmp_path):
         lambda file: np.savez(file, features_ND=np.ones(2)),
         lambda file: file.write_bytes(pickle.dumps(ConfigError)),
     ],
-    ids=["truncated", "header", "empty", "bit", "another", "pickle"],
+    ids=["version of zip", "encrypted", "truncated", "header", "empty", "bit", "another", "pickle"],
 )
 def test_a_damaged_file_is_made_again(harm, classifier, tmp_path, caplog):
     expected = extract_features(classifier, RandomImages(), LOADER, cache=tmp_path)

@@ -13,7 +13,7 @@ import os
 import re
 from bisect import bisect_left
 from contextlib import suppress
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -153,9 +153,9 @@ def _make_parts(
     key: str,
     console: Console,
 ) -> None:
-    """Writes the parts that follow the last one, each of `size` indices; none of a part without a readable image."""
-    done = sorted(parts.glob(f"{key}-*.npz"))
-    start = size * (int(done[-1].stem.rpartition("-")[2]) + 1) if done else 0
+    """Writes the parts from the first missing one on, each of `size` indices; none without a readable image."""
+    done = {int(file.stem.rpartition("-")[2]) for file in parts.glob(f"{key}-*.npz")}
+    start = size * next(number for number in count() if number not in done)
     if start >= len(indices):
         return
     if start:
@@ -215,7 +215,8 @@ def read_embeddings(file: str | Path) -> Embeddings:
             raise ValueError
     except ConfigError:
         raise
-    except (OSError, EOFError, KeyError, ValueError, TypeError, BadZipFile):  # pyarrow's errors are among them
+    # Errors of pyarrow and zipfile are among these.
+    except (OSError, EOFError, KeyError, ValueError, TypeError, RuntimeError, BadZipFile):
         raise ValueError(f"{file} holds no embeddings of vmoe-embed, or is damaged: make it again") from None
     return found
 

@@ -181,7 +181,7 @@ def _read(file: Path) -> Features | None:
         with np.load(file) as content:
             tensors = {name: torch.from_numpy(content[name]) for name in Features._fields[:3]}
             return Features(**tensors, skipped_paths=json.loads(str(content["skipped_paths"])))
-    except (OSError, EOFError, BadZipFile, ValueError, TypeError, KeyError) as error:
+    except (OSError, EOFError, BadZipFile, RuntimeError, ValueError, TypeError, KeyError) as error:
         logger.warning("%s cannot be used (%s) and is made again", file, error)
         return None
 
