@@ -20,7 +20,6 @@ from vmoe.utils.files import atomic_file
 def write_tensors(tensors: dict[str, Tensor], metadata: dict[str, str], file: Path) -> None:
     """Writes contiguous CPU tensors atomically and to the disk itself; an OSError if the file cannot be written, a
     RuntimeError for tensors that share their memory."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as draft:
         try:
             save_file(tensors, draft, metadata=metadata)
@@ -53,8 +52,9 @@ def write_one_by_one(
         header[name] = {"dtype": DTYPE_NAMES[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as draft, open(draft, "wb") as opened:
+        if hasattr(os, "posix_fallocate"):  # a disk that is too full says so now
+            os.posix_fallocate(opened.fileno(), 0, 8 + len(text) + end)
         opened.write(struct.pack("<Q", len(text)) + text)
         for name in names:
             opened.write(read(name).contiguous().flatten().view(torch.uint8).numpy())
