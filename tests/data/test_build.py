@@ -32,10 +32,14 @@ def test_an_unknown_type_is_refused():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (SourceConfig("image_folder", "gone"), "data.train.path gone: no such folder; check the data source's path"),
+        (SourceConfig("image_folder", "gone"), "data.train.path gone: no such folder"),
         (
             SourceConfig("pairs", "gone.csv"),
             "data.train.path gone.csv: cannot be read (No such file",
+        ),
+        (
+            SourceConfig("mixture", sources=[SourceConfig("emoji"), SourceConfig("image_folder", "gone")]),
+            "data.train: sources[1].path gone: no such folder",
         ),
         (SourceConfig("torchvision", "x", name="LSUN"), "data.train: name must be a data set of torchvision that"),
     ],

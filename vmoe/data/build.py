@@ -25,7 +25,10 @@ SOURCES: dict[str, Callable[[SourceConfig], ImageDataset]] = {
     "pairs": lambda source: (PairsFolder if Path(source.path).is_dir() else PairsFile)(source),
     "shards": Shards,
     "hf": HuggingFace,
-    "mixture": lambda source: Mixture(list(map(build_dataset, source.sources)), [one.weight for one in source.sources]),
+    "mixture": lambda source: Mixture(
+        [build_dataset(one, f"sources[{index}]") for index, one in enumerate(source.sources)],
+        [one.weight for one in source.sources],
+    ),
     "image_folder": ImageFolder,
     "torchvision": TorchvisionDataset,
     **dict.fromkeys(("imagenet", "imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch"), ImageNet),

@@ -118,10 +118,15 @@ class SourceConfig:
         if self.path:
             raise ValueError(f"a mixture has no path of its own, got {self.path!r}; set those of its sources")
         # From a command line or a YAML file they come as dictionaries.
-        self.sources = [one if isinstance(one, SourceConfig) else SourceConfig(**one) for one in self.sources]
-        for source in self.sources:
-            if source.type in (None, "mixture"):
-                raise ValueError(f"type of a mixture's source must be that of a plain data set, got {source.type!r}")
+        given, self.sources = self.sources, []
+        for index, one in enumerate(given):
+            try:
+                source = one if isinstance(one, SourceConfig) else SourceConfig(**one)
+                if source.type in (None, "mixture"):
+                    raise ValueError(f"type must be that of a plain data set, got {source.type!r}")
+            except ValueError as error:
+                raise ValueError(f"sources[{index}]: {error}") from error
+            self.sources.append(source)
         missing = [source for source in self.sources if source.weight is None]
         if missing and len(missing) < len(self.sources):
             first = f"{missing[0].type!r} {missing[0].path}"

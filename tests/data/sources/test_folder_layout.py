@@ -71,7 +71,7 @@ def test_a_folder_too_high_or_too_low_is_shown(tree):
 
 def test_an_empty_or_missing_folder_is_told(tmp_path):
     assert complaint(tmp_path).startswith(f"{tmp_path}: holds no folders; found nothing; ")
-    assert complaint(tmp_path / "gone") == f"{tmp_path}/gone: no such folder; check the data source's path"
+    assert complaint(tmp_path / "gone") == f"{tmp_path}/gone: no such folder"
     (tmp_path / "file").touch()
     assert complaint(tmp_path / "file").startswith(f"{tmp_path}/file: a file, and a folder is needed")
 

@@ -81,7 +81,7 @@ data:
         ("weight: 2", "weight: -1", "weight must be > 0, got -1"),
         (", weight: 2", "", "weight must be set for all sources of a mixture or for none; 'pairs' .*a.csv has none"),
         ("type: pairs, path", "type: mixture, path", "type 'mixture' needs sources"),
-        ("type: pairs, path: {}/a.csv", "path: x", "type of a mixture's source .* got None"),
+        ("type: pairs, path: {}/a.csv", "path: x", r"sources\[0\]: type must be that of a plain data set, got None"),
         ("type: emoji, split: held_out", "type: emoji, split: x", "split of data source 'emoji'"),
     ]:
         (tmp_path / "c.yaml").write_text(text.replace(old.format(tmp_path), new))

@@ -31,7 +31,7 @@ class TreeReader:
         self.junk: set[str] = set()
         if not self.root.is_dir():
             what = "a file, and a folder is needed" if self.root.is_file() else "no such folder"
-            raise ValueError(f"{root}: {what}; check the data source's path")
+            raise ValueError(f"{root}: {what}")
 
     def entries(self, folder: str = "") -> tuple[list[str], list[str]]:
         """(names of folders, names of files) in a folder of the tree, each sorted."""

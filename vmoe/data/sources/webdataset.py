@@ -212,7 +212,7 @@ def _expand(part: str) -> Iterator[str]:
     if os.path.isdir(part):
         names = glob.glob(os.path.join(glob.escape(part), "*.tar"))
         if not names:
-            raise DataError(f"{shown}: this folder holds no .tar file; check the data source's path")
+            raise DataError(f"{shown}: this folder holds no .tar file")
         yield from names
         return
     # braceexpand writes each range out before it combines them
@@ -228,7 +228,7 @@ def _expand(part: str) -> Iterator[str]:
         names = glob.glob(pattern) if glob.has_magic(pattern) and not os.path.isfile(pattern) else [pattern]
         missing = [name for name in names or [pattern] if not os.path.isfile(name)]
         if missing:
-            raise DataError(f"{shown}: there is no shard {printable(missing[0])!r}; check the data source's path")
+            raise DataError(f"{shown}: there is no shard {printable(missing[0])!r}")
         yield from names
 
 
