@@ -108,7 +108,7 @@ def _parameters(owner: type) -> set[str]:
 
 def _takes_experts(owner: type) -> bool:
     """A class of this package with experts in the blocks of `moe_layers`."""
-    return "moe_layers" in inspect.signature(owner.__init__).parameters
+    return any("moe_layers" in inspect.signature(one.__init__).parameters for one in owner.__mro__)
 
 
 def on_meta(build: Callable[[Any], nn.Module], spec: Any) -> nn.Module:
