@@ -119,6 +119,20 @@ def test_images_that_do_not_fit_are_not_read():
         cache_images({"data.train": train_data, "data.val": val_data}, 1010 * 360 - 1)
 
 
+def test_memory_that_cannot_be_allocated_is_one_sentence():
+    class Huge(Images):
+        def __len__(self):
+            return 10**16
+
+        def __getitem__(self, index):
+            return super().__getitem__(index % self.size)
+
+    with pytest.raises(ConfigError) as caught:
+        cache_images({"data.train": Huge(10)}, 1e30)
+    said = str(caught.value)
+    assert said.startswith("the decoded images need 3.6e+09 GB, which the system refuses to allocate: set data.cache")
+
+
 def test_an_estimate_that_is_too_low_does_not_break_the_bound():
     class Growing(Images):
         def __getitem__(self, index):  # the sampled ones are small

@@ -34,7 +34,7 @@ def test_a_collapse_is_reported_once_by_name_after_many_steps(caplog, bad, words
 )
 def test_waiting_for_data_is_reported_once_with_a_remedy(workers, cores, words, caplog, monkeypatch):
     monkeypatch.setattr(watches, "own_cores", lambda: cores)
-    waiting, watch = {"images_per_second": 300.0, "data_wait_share": 0.5}, DataWatch(workers)
+    waiting, watch = {"images_per_second": 300.0, "data_wait_share": 0.5}, DataWatch(workers, can_cache=True)
     for share in (0.5, 0.5, 0.5, 0.5, 0.1):  # it passed
         watch.update({**waiting, "data_wait_share": share}, 200.0)
     assert caplog.messages == []
@@ -46,8 +46,8 @@ def test_waiting_for_data_is_reported_once_with_a_remedy(workers, cores, words, 
     assert message.endswith(", or set data.cache memory and data.cache_gb if the decoded images fit into memory")
 
 
-def test_a_cache_is_no_remedy_where_there_is_one(caplog):
-    watch = DataWatch(0, cached=True)
+def test_a_cache_is_no_remedy_where_it_cannot_help(caplog):
+    watch = DataWatch(0, can_cache=False)
     for _ in range(5):
         watch.update({"images_per_second": 300.0, "data_wait_share": 0.5}, 200.0)
     (message,) = caplog.messages

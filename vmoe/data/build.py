@@ -54,7 +54,7 @@ def build_dataset(source: SourceConfig, setting: str = "") -> ImageDataset:
     except ValueError as error:
         if not setting:
             raise
-        is_path = source.path is not None and str(error).startswith(source.path)
+        is_path = source.path is not None and str(error).startswith(tuple(source.path + end for end in ":/ "))
         raise DataError(f"{setting}{'.path ' if is_path else ': '}{error}") from error
     dataset.reading = Reading(bool(source.exif_orientation), source.max_pixels or MAX_PIXELS)
     return dataset

@@ -20,9 +20,9 @@ SLACK = 1.2  # memory that is allocated beyond the estimate; the system provides
 class CacheTooSmall(ConfigError):
     """The decoded images do not fit: `reason` without the remedy."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, remedy: str = "raise it, or ") -> None:
         self.reason = reason
-        super().__init__(f"{reason}: raise it, or set data.cache to null, and images are read from their files")
+        super().__init__(f"{reason}: {remedy}set data.cache to null, and images are read from their files")
 
 
 class ImageCache(Sequence[Sample]):
@@ -33,8 +33,9 @@ class ImageCache(Sequence[Sample]):
         # One tensor: forked workers share its memory, and PyTorch shares it with others.
         try:
             self._pixels = torch.empty(int(SLACK * num_bytes), dtype=torch.uint8)
-        except RuntimeError as error:
-            raise CacheTooSmall(f"data.cache_gb allows more than the system has memory for ({error})") from error
+        except RuntimeError as error:  # PyTorch's own has lines of C++
+            reason = f"the decoded images need {num_bytes / 1e9:.3g} GB, which the system refuses to allocate"
+            raise CacheTooSmall(reason, remedy="") from error
         self._starts = [0]
         self._samples: list[Sample | BadSample] = []  # with the image's (width, height) as its image
 

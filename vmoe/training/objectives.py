@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from vmoe.data import EvalLoader, LoaderConfig, Transform, build_mixup, eval_loader
+from vmoe.data import EvalLoader, ImageDataset, LoaderConfig, Transform, build_mixup, eval_loader
 from vmoe.data.build import applies_orientation, build_dataset, with_orientation
 from vmoe.data.cache import CacheTooSmall, cache_images
 from vmoe.data.loader import batches_of
@@ -107,18 +107,22 @@ class Task:
         self.val_data = build_dataset(val, "data.val") if config.train.eval_every else None
         self.class_names: list[str] | None = self.train_data.classes
 
+    def cacheable(self) -> dict[str, ImageDataset]:
+        """The data sets by their settings, whose images the run decodes again in each epoch."""
+        train, sets = self.config.train, {"data.train": self.train_data, "data.val": self.val_data}
+        epoch = batches_of(self.train_data, self.config.data.loader, self.config.seed).steps_per_epoch
+        if train.steps * train.accumulate_steps < 2 * epoch:
+            return {}
+        return {name: images for name, images in sets.items() if images is not None and not images.decoded}
+
     def cache_images(self, console: Console) -> None:
         """Reads all images into memory, if the config says so; CacheTooSmall: they do not fit."""
-        data, train = self.config.data, self.config.train
-        sets = {"data.train": self.train_data, "data.val": self.val_data}
-        sets = {name: images for name, images in sets.items() if images is not None}
-        max_bytes = 1e9 * data.cache_gb
+        data, max_bytes = self.config.data, 1e9 * self.config.data.cache_gb
         if data.cache == "auto":
-            sets = {name: images for name, images in sets.items() if not images.decoded}
-            epoch = batches_of(self.train_data, data.loader, self.config.seed).steps_per_epoch
-            if train.steps * train.accumulate_steps < 2 * epoch:
-                return
-            max_bytes /= local_processes()
+            sets, max_bytes = self.cacheable(), max_bytes / local_processes()
+        else:
+            sets = {"data.train": self.train_data, "data.val": self.val_data}
+            sets = {name: images for name, images in sets.items() if images is not None}
         if data.cache is None or not sets:
             return
         began, hidden = time.monotonic(), not console.is_terminal  # to a file it would write an empty line

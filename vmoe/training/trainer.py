@@ -229,7 +229,8 @@ class Trainer:
                 draft.write_text(to_yaml(self.config), encoding="utf-8")
         self.metrics = MetricsLog(self.run if self.first else None, self.step, train.tensorboard, *logs)
         self.collapse_watch = CollapseWatch(train.collapse_after)
-        self.data_watch = DataWatch(self.config.data.loader.num_workers, self.task.train_data.cache is not None)
+        can_cache = self.task.train_data.cache is None and "data.train" in self.task.cacheable()
+        self.data_watch = DataWatch(self.config.data.loader.num_workers, can_cache)
         self.checkpointer = Checkpointer(self.run, train.keep_last, train.async_checkpoints)
         if self.first and self.best.step is not None:  # the run may have stopped before it was named
             link_best(self.run, self.best.step)

@@ -47,10 +47,13 @@ class CollapseWatch:
 
 
 class DataWatch:
-    """Warns once, with a remedy, when the model waits for data in several logged steps in a row."""
+    """Warns once, with a remedy, when the model waits for data in several logged steps in a row.
 
-    def __init__(self, num_workers: int, cached: bool = False) -> None:
-        self.num_workers, self.cached, self.in_a_row, self.warned = num_workers, cached, 0, False
+    `can_cache`: images are decoded again in each epoch, so that a cache would help.
+    """
+
+    def __init__(self, num_workers: int, can_cache: bool) -> None:
+        self.num_workers, self.can_cache, self.in_a_row, self.warned = num_workers, can_cache, 0, False
 
     def update(self, metrics: dict[str, float], readable: float) -> None:
         """Takes the metrics of a logged step; `readable`: images per second that this process's workers can read."""
@@ -65,7 +68,7 @@ class DataWatch:
         remedy = f"raise it to {min(workers, own_cores())}"
         if self.num_workers >= own_cores():
             remedy = f"all {own_cores()} CPU cores read already: store smaller images, or take more cores"
-        if not self.cached:
+        if self.can_cache:
             remedy += ", or set data.cache memory and data.cache_gb if the decoded images fit into memory"
         logger.warning(
             f"the model waits for data {waiting:.0%} of the time: each process could take {needed:.0f} images/s, and "
